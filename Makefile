@@ -1,0 +1,38 @@
+# `make demo` and `make test` do all their own set-up: they need Python >= 3.10, a C++17 compiler and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+NATIVE := CMakeLists.txt setup.py $(shell find csrc -type f)
+
+.PHONY: demo test setup fmt lint type nm asan bench test-noext gpu-check clean
+
+demo: $(VENV)/.native ## train CLIP on real digits through the fused loss, and measure what it saves
+	$(BIN)/vlmfast demo --out demo
+
+test: $(VENV)/.native ## every test
+	VLMFAST_REQUIRE=cpu $(BIN)/python -m pytest
+
+setup: $(VENV)/.native ## the virtual environment, pinned, with the extension built
+
+$(VENV)/.pinned: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools wheel cmake ninja pybind11
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation --editable '.[test,lint]'
+	touch $@
+
+$(VENV)/.native: $(VENV)/.pinned $(NATIVE)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+fmt: $(VENV)/.pinned
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix . && $(BIN)/clang-format -i $(shell find csrc tests -name '*.cpp' -o -name '*.h')
+
+lint: $(VENV)/.pinned
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.cpp' -o -name '*.h')
+
+type: $(VENV)/.pinned
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build vlmfast/*.so vlmfast/_ext_error.txt

@@ -1,0 +1,88 @@
+"""Which implementation of an op runs a call: the first that can, or the one that was asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from vlmfast.errors import BackendError
+
+# The order of trial on each kind of device; any other device runs the reference.
+PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+NAMES = ("cuda", "triton", "cpu", "reference")
+
+_forced: ContextVar[str | None] = ContextVar("vlmfast_backend", default=None)
+
+
+def _known(name: str) -> str:
+    if name not in NAMES:
+        raise BackendError(f"unknown backend {name!r}; choose one of {', '.join(NAMES)}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces every op inside the block to run on backend `name`, or to raise `BackendError` with the reason.
+
+    Args:
+        name: one of "reference", "cpu", "triton", "cuda". The variable VLMFAST_BACKEND does the same for a process.
+    Raises:
+        BackendError: the name is unknown (at entry), or the backend cannot run a call (at the call).
+    """
+    token = _forced.set(_known(name))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def forced_backend() -> str | None:
+    """The backend that `use_backend` or VLMFAST_BACKEND forces, or None."""
+    return _forced.get() or (_known(os.environ["VLMFAST_BACKEND"]) if os.environ.get("VLMFAST_BACKEND") else None)
+
+
+def select(op: str, impls: Mapping[str, ModuleType], device: torch.device, *args: Any) -> str:
+    """The name of the backend that runs this call of `op`.
+
+    Args:
+        op: name of the op, for the error.
+        impls: backend name -> module with `unsupported(*args) -> str | None`.
+        device: where the op's tensors lie.
+        args: what `unsupported` looks at: devices, dtypes, shapes and strides, never values.
+    Raises:
+        BackendError: a forced backend cannot run the call.
+    """
+    name = forced_backend()
+    if name is not None:
+        why = impls[name].unsupported(*args) if name in impls else "this op has no such backend"
+        if why is not None:
+            raise BackendError(f"{op}: backend {name!r} cannot run this call: {why}")
+        return name
+    for name in PREFERENCE.get(device.type, ("reference",)):
+        if name in impls and impls[name].unsupported(*args) is None:
+            return name
+    return "reference"
+
+
+def explain(impls: Mapping[str, ModuleType], *args: Any) -> dict[str, str]:
+    """Each backend's name -> "runs", or the reason why it cannot run this call."""
+    return {name: impl.unsupported(*args) or "runs" for name, impl in impls.items()}
+
+
+def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
+    """The backends that can run a plain float32 `clip_loss` on `device`, best first."""
+    from vlmfast.ops.softmax_loss import IMPLS
+
+    device = torch.device(device)
+    sample = torch.empty(2, 8, device=device)
+    return tuple(
+        name
+        for name in PREFERENCE.get(device.type, ("reference",))
+        if name in IMPLS and IMPLS[name].unsupported(sample, sample) is None
+    )
