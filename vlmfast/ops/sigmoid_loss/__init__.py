@@ -1,0 +1,129 @@
+"""`siglip_loss`: the pairwise sigmoid loss, without the [B, B] logits."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from vlmfast.backend import select
+from vlmfast.ops import _check
+from vlmfast.ops._unit import accumulator
+from vlmfast.ops.sigmoid_loss import reference
+
+__all__ = ["siglip_loss"]
+
+IMPLS: dict[str, ModuleType] = {"reference": reference}
+
+
+def siglip_loss(
+    image: Tensor,  # [B, D]
+    text: Tensor,  # [B, D]
+    logit_scale: Tensor | float,  # []
+    logit_bias: Tensor | float,  # []
+    *,
+    normalize: bool = True,
+) -> Tensor:
+    """Mean over images of the binary cross-entropies of "is this text mine", asked of every text, in nats.
+
+    Equals, without ever holding the [B, B] logits:
+        z = logit_scale * normalize(image) @ normalize(text).T + logit_bias
+        t = 2 * eye(B) - 1
+        -logsigmoid(t * z).sum() / B
+
+    The gradients are computed in the forward pass, where rows and columns are not coupled, and kept for backward in
+    float32: [B, D] for each side that needs one. Second derivatives are refused.
+
+    Args:
+        image: [B, D] embeddings, any length > 0 (a zero row stays zero). float32, bfloat16 or float16; float64 runs
+            on the reference. image and text may differ in dtype.
+        text: [B, D], row i belongs to image i.
+        logit_scale: [] or [1], the multiplier itself (1 / temperature), not its log; or a number.
+        logit_bias: [] or [1], added to every logit; or a number.
+        normalize: divide rows by their lengths first, clamped at 1e-12; False takes them as they are.
+    Returns:
+        [] float32 (float64 for float64 embeddings): the sum over all pairs divided by B, not by B².
+    Raises:
+        ShapeError: image and text differ in shape, are not matrices or are empty; scale or bias is not one number.
+        DTypeError: a tensor is not floating.
+        BackendError: a forced backend cannot run the call.
+    Source: Zhai et al. 2023, "Sigmoid loss for language image pre-training", eq. 1 and Algorithm 1. We clamp lengths
+        at 1e-12; the paper does not.
+    """
+    op = "siglip_loss"
+    _check.is_matrix(op, image=image, text=text)
+    _check.same_shape(op, image=image, text=text)
+    _check.floating(op, image=image, text=text)
+    scale = _number(op, "logit_scale", logit_scale, image, text)
+    bias = _number(op, "logit_bias", logit_bias, image, text)
+    _check.same_device(op, image=image, text=text, logit_scale=scale, logit_bias=bias)
+    _check.sound_values(op, normalize, image=image, text=text, logit_scale=scale, logit_bias=bias)
+
+    grad = torch.is_grad_enabled()
+    need_image, need_text = grad and image.requires_grad, grad and text.requires_grad
+    need_scalars = grad and (scale.requires_grad or bias.requires_grad)
+    backend = select(op, IMPLS, image.device, image, text)
+    return _siglip_loss(image, text, scale, bias, normalize, need_image, need_text, need_scalars, backend)[0]
+
+
+def _number(op: str, name: str, value: Tensor | float, image: Tensor, text: Tensor) -> Tensor:
+    """The scale or bias as a [] tensor of the dtype of the loss; autograd reshapes its gradient back."""
+    acc = accumulator(image, text)
+    if not isinstance(value, Tensor):
+        return torch.full((), value, dtype=acc, device=image.device)
+    _check.is_scalar(op, **{name: value})
+    _check.floating(op, **{name: value})
+    return value.to(acc).reshape(())
+
+
+@torch.library.custom_op("vlmfast::siglip_loss", mutates_args=())
+def _siglip_loss(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    normalize: bool,
+    need_image: bool,
+    need_text: bool,
+    need_scalars: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with torch.autocast(image.device.type, enabled=False):
+        return IMPLS[backend].forward(
+            image, text, logit_scale, logit_bias, normalize, need_image, need_text, need_scalars
+        )
+
+
+@_siglip_loss.register_fake
+def _(image, text, logit_scale, logit_bias, normalize, need_image, need_text, need_scalars, backend):
+    number = image.new_empty((), dtype=accumulator(image, text))
+    dimage = number.new_empty(image.shape if need_image else 0)
+    dtext = number.new_empty(text.shape if need_text else 0)
+    return number, dimage, dtext, torch.empty_like(number), torch.empty_like(number)
+
+
+def _setup_context(ctx, inputs, output):
+    image, text, _, _, _, *needs, _ = inputs
+    _, *gradients = output
+    ctx.needs = needs
+    ctx.dtypes = image.dtype, text.dtype
+    ctx.mark_non_differentiable(*gradients)
+    ctx.save_for_backward(*gradients)
+
+
+def _backward(ctx, grad, *_):
+    if torch.is_grad_enabled():
+        raise RuntimeError("siglip_loss: its gradient cannot be differentiated again; call without create_graph=True")
+    dimage, dtext, dscale, dbias = ctx.saved_tensors
+    need_image, need_text, need_scalars = ctx.needs
+    return (
+        (grad * dimage).to(ctx.dtypes[0]) if need_image else None,
+        (grad * dtext).to(ctx.dtypes[1]) if need_text else None,
+        grad * dscale if need_scalars else None,
+        grad * dbias if need_scalars else None,
+        *(None,) * 5,
+    )
+
+
+_siglip_loss.register_autograd(_backward, setup_context=_setup_context)
