@@ -1,8 +1,61 @@
 """Fused contrastive losses and complete CLIP models: large batches in little memory.
 
-No work happens at import and no device is probed.
+The names below are imported when they are first used: no work happens at import and no device is probed. Models, data,
+training and evaluation are packages of their own: `vlmfast.models`, `vlmfast.data`, `vlmfast.train`, `vlmfast.eval`.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from vlmfast._version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from vlmfast import backend, errors
+    from vlmfast.backend import available_backends, use_backend
+    from vlmfast.losses import ClipLoss, InfoNceLoss, SigLipLoss, VseLoss
+    from vlmfast.ops.hinge_loss import vse_loss
+    from vlmfast.ops.sigmoid_loss import siglip_loss
+    from vlmfast.ops.similarity import normalized_similarity, rank_counts, similarity_topk
+    from vlmfast.ops.softmax_loss import clip_loss, info_nce_loss
+
+__all__ = [
+    "ClipLoss",
+    "InfoNceLoss",
+    "SigLipLoss",
+    "VseLoss",
+    "__version__",
+    "available_backends",
+    "backend",
+    "clip_loss",
+    "errors",
+    "info_nce_loss",
+    "normalized_similarity",
+    "rank_counts",
+    "siglip_loss",
+    "similarity_topk",
+    "use_backend",
+    "vse_loss",
+]
+
+_HOMES = {
+    "vlmfast.backend": ("available_backends", "use_backend"),
+    "vlmfast.losses": ("ClipLoss", "InfoNceLoss", "SigLipLoss", "VseLoss"),
+    "vlmfast.ops.hinge_loss": ("vse_loss",),
+    "vlmfast.ops.sigmoid_loss": ("siglip_loss",),
+    "vlmfast.ops.similarity": ("normalized_similarity", "rank_counts", "similarity_topk"),
+    "vlmfast.ops.softmax_loss": ("clip_loss", "info_nce_loss"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("backend", "errors"):
+        return import_module(f"vlmfast.{name}")
+    for home, names in _HOMES.items():
+        if name in names:
+            globals()[name] = getattr(import_module(home), name)
+            return globals()[name]
+    raise AttributeError(f"module 'vlmfast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
