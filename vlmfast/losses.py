@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast.errors import BackendError
+from vlmfast.ops.hinge_loss import vse_loss
+from vlmfast.ops.sigmoid_loss import siglip_loss
 from vlmfast.ops.softmax_loss import clip_loss, info_nce_loss
 
 
@@ -199,6 +201,159 @@ class InfoNceLoss(nn.Module):
             label_smoothing=self.label_smoothing,
             normalize=self.normalize,
         )
+
+
+class SigLipLoss(nn.Module):
+    """SigLIP's pairwise sigmoid loss, in the place of `open_clip.SigLipLoss`.
+
+    Equals open_clip's, in float32 whatever the features' dtype and without the [B, B] logits:
+        -F.logsigmoid((2 * eye(B) - 1) * logits).sum() / B
+
+    A subclass that overrides `get_logits` or `get_ground_truth` is obeyed: its logits are computed, [B, B] and all.
+
+    Args:
+        cache_labels: kept as an attribute; no labels are made, so there is nothing to cache.
+        rank: with world_size 1 without effect, as is dist_impl.
+        world_size: 1.
+        dist_impl: None, "bidir", "shift", "reduce" or "gather"; None means "bidir", as in open_clip.
+        chunk_size: kept as an attribute; the logits are never held, in chunks or whole.
+    Raises:
+        BackendError: world_size is not 1.
+        ValueError: dist_impl is unknown, or chunk_size is negative.
+    Source: open_clip, loss.py (chunk_size since version 4).
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        chunk_size: int = 0,
+    ) -> None:
+        super().__init__()
+        _one_process("SigLipLoss", world_size)
+        if dist_impl not in (None, "bidir", "shift", "reduce", "gather"):
+            raise ValueError(
+                f"SigLipLoss: dist_impl must be None, 'bidir', 'shift', 'reduce' or 'gather'; got {dist_impl!r}"
+            )
+        if chunk_size < 0:
+            raise ValueError(f"SigLipLoss: chunk_size must be 0 (no chunks) or a number of rows; got {chunk_size}")
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.dist_impl = dist_impl or "bidir"
+        self.chunk_size = chunk_size
+        self.prev_num_logits = 0
+        self.labels: dict[torch.device, Tensor] = {}
+
+    def get_ground_truth(
+        self, device: torch.device, dtype: torch.dtype, num_logits: int, negative_only: bool = False
+    ) -> Tensor:
+        """The signs of the logits: +1 for a pair, -1 for all else.
+
+        Args:
+            device: where the signs lie.
+            dtype: of the signs.
+            num_logits: the number of rows, B.
+            negative_only: -1 everywhere.
+        Returns: [B, B].
+        """
+        signs = torch.full((num_logits, num_logits), -1.0, device=device, dtype=dtype)
+        return signs if negative_only else signs.fill_diagonal_(1)
+
+    def get_logits(
+        self,
+        image_features: Tensor,  # [B, D]
+        text_features: Tensor,  # [B, D]
+        logit_scale: Tensor,  # [] or [1]
+        logit_bias: Tensor | None = None,
+    ) -> Tensor:
+        """The logit matrix, for those who want to look at it; `forward` does without.
+
+        Args:
+            image_features: [B, D], as given: not normalised here.
+            text_features: [B, D].
+            logit_scale: [] or [1], the multiplier itself.
+            logit_bias: [] or [1], added to every logit.
+        Returns: [B, B].
+        """
+        logits = logit_scale * image_features @ text_features.T
+        return logits if logit_bias is None else logits + logit_bias
+
+    def forward(
+        self,
+        image_features: Tensor,  # [B, D]
+        text_features: Tensor,  # [B, D]
+        logit_scale: Tensor,  # [] or [1]
+        logit_bias: Tensor | None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The sum of the binary cross-entropies of all pairs, divided by B, in nats.
+
+        Args:
+            image_features: [B, D], taken as given: open_clip's models normalise them already.
+            text_features: [B, D], row i belongs to image i.
+            logit_scale: [] or [1], the multiplier itself (exp already applied).
+            logit_bias: [] or [1]; None is 0.
+            output_dict: return {"contrastive_loss": loss} instead.
+        Returns: [] float32, or the dict.
+        Raises: what `vlmfast.siglip_loss` raises.
+        """
+        own = type(self)
+        if own.get_logits is not SigLipLoss.get_logits or own.get_ground_truth is not SigLipLoss.get_ground_truth:
+            logits = self.get_logits(image_features, text_features, logit_scale, logit_bias)
+            signs = self.get_ground_truth(image_features.device, image_features.dtype, len(image_features))
+            loss = -nn.functional.logsigmoid(signs * logits).sum() / len(image_features)
+        else:
+            bias = 0.0 if logit_bias is None else logit_bias
+            loss = siglip_loss(image_features, text_features, logit_scale, bias, normalize=False)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class VseLoss(nn.Module):
+    """The hinge losses of VSE and VSE++ with their settings kept: `vlmfast.vse_loss` as a module.
+
+    Args:
+        margin: how much more similar a true pair must be than a foreign one, >= 0.
+        hardest: count only the worst foreigner of each row and column (VSE++, its code's `max_violation`).
+        normalize: divide each row by its length first. False takes rows as given, as the papers' code does.
+        reduction: "sum" over the batch, as in the papers, or "mean", which divides it by B. A learning rate tuned for
+            one does not fit the other.
+    Raises:
+        ValueError: reduction is neither "sum" nor "mean".
+    """
+
+    def __init__(
+        self, margin: float = 0.2, hardest: bool = False, normalize: bool = True, reduction: str = "sum"
+    ) -> None:
+        super().__init__()
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"VseLoss: reduction must be 'sum' or 'mean'; got {reduction!r}")
+        self.margin = margin
+        self.hardest = hardest
+        self.normalize = normalize
+        self.reduction = reduction
+
+    def extra_repr(self) -> str:
+        """The settings, as they were given."""
+        return f"margin={self.margin}, hardest={self.hardest}, normalize={self.normalize}, reduction={self.reduction!r}"
+
+    def forward(
+        self,
+        image: Tensor,  # [B, D]
+        text: Tensor,  # [B, D]
+    ) -> Tensor:
+        """How far foreign pairs come within the margin of the true ones, in both directions.
+
+        Args:
+            image: [B, D] embeddings.
+            text: [B, D], row i belongs to image i.
+        Returns: [] float32 (float64 for float64 embeddings).
+        Raises: what `vlmfast.vse_loss` raises.
+        """
+        loss = vse_loss(image, text, self.margin, hardest=self.hardest, normalize=self.normalize)
+        return loss / len(image) if self.reduction == "mean" else loss
 
 
 def _one_process(name: str, world_size: int) -> None:
