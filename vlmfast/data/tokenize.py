@@ -1,0 +1,247 @@
+"""Captions -> token ids: byte-level BPE through the `tokenizers` library, trained here or read from a file.
+
+Every row is start, tokens, end, padding (0). The end token has the highest id of all, so that a text tower may pool at
+`text.argmax(-1)` as CLIP does. No word is unknown: what the vocabulary lacks is spelt in bytes.
+"""
+
+from __future__ import annotations
+
+import gzip
+import html
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmfast.errors import DataError, missing_extra
+
+if TYPE_CHECKING:
+    import tokenizers
+
+PAD, START, END = "<pad>", "<start_of_text>", "<end_of_text>"
+SPECIAL = (
+    (START, END),
+    ("<|startoftext|>", "<|endoftext|>"),
+)  # names of start and end: ours and open_clip's, Hugging Face's
+CLIP_CONTEXT, CLIP_MERGES = 77, 49152 - 256 - 2  # open_clip takes that many merges of its file
+CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+def clean_text(text: str) -> str:
+    """The text as open_clip cleans it: mojibake repaired, HTML entities resolved, single spaces, lower case.
+
+    Raises:
+        MissingExtraError: ftfy is not installed.
+    """
+    try:
+        import ftfy
+    except ImportError as error:
+        raise missing_extra("ftfy", "data") from error
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
+
+
+class Tokenizer:
+    """Texts -> int64 [B, context_length].
+
+    Args:
+        inner: a `tokenizers.Tokenizer` with a start and an end token. Its truncation, padding and template are set.
+        context_length: T, tokens a row with start and end, at least 2.
+        clean: whether texts go through `clean_text` first.
+
+    Raises:
+        DataError: no start and end token, or the end token has not the highest id.
+    """
+
+    pad_id = 0
+
+    def __init__(self, inner: tokenizers.Tokenizer, context_length: int, *, clean: bool = True) -> None:
+        from tokenizers.processors import TemplateProcessing
+
+        if context_length < 2:
+            raise ValueError(f"Tokenizer: context_length must be at least 2, for start and end; got {context_length}")
+        start, end = next(
+            (pair for pair in SPECIAL if all(inner.token_to_id(name) is not None for name in pair)), (None, None)
+        )
+        if start is None or end is None:
+            raise DataError(f"Tokenizer: the vocabulary has none of the pairs of start and end tokens {SPECIAL}")
+        self.sot_id, self.eot_id = inner.token_to_id(start), inner.token_to_id(end)
+        self.vocab_size = max(inner.get_vocab().values()) + 1
+        if self.eot_id != self.vocab_size - 1:
+            raise DataError(
+                f"Tokenizer: the end token {end!r} must have the highest id, which pooling at argmax finds; it has "
+                f"{self.eot_id} of {self.vocab_size} ids"
+            )
+        self.context_length, self.clean = context_length, clean
+        inner.post_processor = TemplateProcessing(
+            single=f"{start} $A {end}", special_tokens=[(start, self.sot_id), (end, self.eot_id)]
+        )
+        inner.enable_truncation(context_length)
+        inner.enable_padding(pad_id=self.pad_id, pad_token=inner.id_to_token(self.pad_id), length=context_length)
+        inner.encode_special_tokens = True  # "<end_of_text>" in a caption is spelt out: it must not end the text
+        self._inner = inner
+
+    def __call__(self, texts: str | Sequence[str], *, truncate: bool = True) -> Tensor:
+        """[B, T] int64 token ids of the texts; one text makes one row.
+
+        Args:
+            texts: B texts.
+            truncate: cut a text that is too long, the end token staying last; False raises instead.
+
+        Returns:
+            [B, T] int64: start, tokens, end, zeros.
+
+        Raises:
+            ValueError: a text needs more than T tokens and `truncate` is False.
+        """
+        texts = [texts] if isinstance(texts, str) else texts
+        rows = self._inner.encode_batch_fast([clean_text(text) if self.clean else text for text in texts])
+        for text, row in zip(texts, rows, strict=True):
+            if row.overflowing and not truncate:
+                length = 2 + sum(sum(part.attention_mask) - 2 for part in (row, *row.overflowing))
+                raise ValueError(
+                    f"Tokenizer: {text[:60]!r} needs {length} tokens with start and end; context_length is "
+                    f"{self.context_length}. Shorten it, or set truncate=True"
+                )
+        ids = np.array([row.ids for row in rows], dtype=np.int64)
+        return torch.from_numpy(ids.reshape(len(rows), self.context_length))
+
+    def decode(self, ids: Tensor | Sequence[int]) -> str:
+        """The text of one row of ids, up to its end token."""
+        numbers = [int(i) for i in ids]
+        if self.eot_id in numbers:
+            numbers = numbers[: numbers.index(self.eot_id)]
+        return self._inner.decode([i for i in numbers if i != self.sot_id], skip_special_tokens=False)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `tokenizer.json`, whole or not at all; other libraries read it, but do not clean the text."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(self._inner.to_str(pretty=True))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tokenizer) and self._state() == other._state()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _state(self) -> tuple[Any, ...]:
+        return self.clean, json.loads(self._inner.to_str())
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, context_length: int, *, clean: bool = True) -> Tokenizer:
+    """A byte-level BPE tokenizer whose merges come from `texts`; the same texts in any order give the same one.
+
+    Args:
+        texts: captions.
+        vocab_size: V at most, with 256 bytes, pad, start and end; fewer if the texts have no more to merge.
+        context_length: T, tokens a row with start and end.
+        clean: whether texts go through `clean_text`, here and when the tokenizer is called.
+
+    Returns:
+        A Tokenizer; its `vocab_size` is the V to build a model with.
+
+    Raises:
+        ValueError: vocab_size < 259.
+        MissingExtraError: tokenizers or ftfy is not installed.
+    """
+    tokenizers = _library()
+    if vocab_size < 256 + 3:
+        raise ValueError(
+            f"train_tokenizer: vocab_size must be at least 259 (256 bytes, pad, start, end); got {vocab_size}"
+        )
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size - 2,
+        special_tokens=[PAD],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator((clean_text(text) if clean else text for text in texts), trainer)
+    inner.add_special_tokens([START, END])  # last, so that the end token's id is the highest
+    return Tokenizer(inner, context_length, clean=clean)
+
+
+def load_tokenizer(path: str | os.PathLike[str], context_length: int | None = None, *, clean: bool = True) -> Tokenizer:
+    """The tokenizer in a file.
+
+    Args:
+        path: a `tokenizer.json` of ours or of Hugging Face's CLIP, or OpenAI's `bpe_simple_vocab_16e6.txt.gz`, which
+            lies in the open_clip and clip packages.
+        context_length: T; None takes the file's truncation length, or 77 if it has none.
+        clean: whether texts go through `clean_text` first.
+
+    Returns:
+        A Tokenizer.
+
+    Raises:
+        DataError: no such file, not a tokenizer, or no end token with the highest id.
+        MissingExtraError: tokenizers is not installed.
+    """
+    tokenizers = _library()
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"load_tokenizer: {path} is not a file")
+    if path.name.endswith((".txt", ".txt.gz")):
+        return Tokenizer(_openai_bpe(path), context_length or CLIP_CONTEXT, clean=clean)
+    try:
+        inner = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises a plain Exception for every fault of the file
+        raise DataError(f"load_tokenizer: {path} is not a whole tokenizer.json: {error}") from error
+    length = context_length or (inner.truncation or {}).get("max_length", CLIP_CONTEXT)
+    return Tokenizer(inner, length, clean=clean)
+
+
+def _library() -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise missing_extra("tokenizers", "data") from error
+    return tokenizers
+
+
+def _openai_bpe(path: Path) -> tokenizers.Tokenizer:
+    """OpenAI's CLIP tokenizer from its list of merges: a header line, then two tokens a line."""
+    library = _library()
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        merges = [tuple(line.split()) for line in data.decode("utf-8").split("\n")[1 : CLIP_MERGES + 1] if line]
+        vocab = [*_byte_letters(), *(letter + "</w>" for letter in _byte_letters()), *map("".join, merges), START, END]
+        model = library.models.BPE({word: id for id, word in enumerate(vocab)}, merges, end_of_word_suffix="</w>")
+    except Exception as error:  # gzip, UTF-8 and the library each have their own kinds
+        raise DataError(f"load_tokenizer: {path} is not a whole list of BPE merges: {error}") from error
+    inner = library.Tokenizer(model)
+    inner.normalizer = library.normalizers.Lowercase()
+    inner.pre_tokenizer = library.pre_tokenizers.Sequence(
+        [
+            library.pre_tokenizers.Split(library.Regex(CLIP_WORDS), "removed", invert=True),
+            library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    inner.decoder = library.decoders.Sequence(
+        [library.decoders.ByteLevel(), library.decoders.Replace("</w>", " "), library.decoders.Strip(" ", 0, 1)]
+    )
+    inner.add_special_tokens([START, END])
+    return inner
+
+
+def _byte_letters() -> list[str]:
+    """One printable letter a byte, in the order of OpenAI's vocabulary: itself if printable, else one from 256 up."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [chr(byte) for byte in printable] + [chr(256 + n) for n in range(256 - len(printable))]
