@@ -25,7 +25,9 @@ def same_shape(op: str, **tensors: Tensor) -> None:
     """All tensors are [B, D] with the same B and D."""
     if len({tensor.shape for tensor in tensors.values()}) > 1:
         got = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
-        raise ShapeError(f"{op}: {' and '.join(tensors)} must have one shape [B, D], row i of each making pair i; got {got}")
+        raise ShapeError(
+            f"{op}: {' and '.join(tensors)} must have one shape [B, D], row i of each making pair i; got {got}"
+        )
 
 
 def same_width(op: str, **tensors: Tensor) -> None:
@@ -46,7 +48,9 @@ def floating(op: str, **tensors: Tensor) -> None:
     """Each tensor's dtype is float32, bfloat16, float16, or float64 (the reference only)."""
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATING:
-            raise DTypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64; got {tensor.dtype}. Use .float()")
+            raise DTypeError(
+                f"{op}: {name} must be float32, bfloat16, float16 or float64; got {tensor.dtype}. Use .float()"
+            )
 
 
 def is_integer(op: str, **tensors: Tensor) -> None:
@@ -88,7 +92,9 @@ def sound_values(op: str, normalize: bool, **tensors: Tensor) -> None:
             zero = (tensor == 0).all(1)
             if bool(zero.any()):
                 row = int(zero.nonzero()[0])
-                raise ValueError(f"{op}: {name} row {row} is all zeros and has no direction to normalise; drop it from the batch")
+                raise ValueError(
+                    f"{op}: {name} row {row} is all zeros and has no direction to normalise; drop it from the batch"
+                )
 
 
 def labels_in_range(op: str, name: str, labels: Tensor, below: int) -> None:

@@ -11,11 +11,11 @@ from torch import Tensor
 from vlmfast.backend import select
 from vlmfast.ops import _check
 from vlmfast.ops._unit import accumulator
-from vlmfast.ops.hinge_loss import reference
+from vlmfast.ops.hinge_loss import _cpu, reference
 
 __all__ = ["vse_loss"]
 
-IMPLS: dict[str, ModuleType] = {"reference": reference}
+IMPLS: dict[str, ModuleType] = {"cpu": _cpu, "reference": reference}
 
 
 def vse_loss(

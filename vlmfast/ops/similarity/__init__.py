@@ -11,11 +11,11 @@ from vlmfast.backend import select
 from vlmfast.errors import ShapeError
 from vlmfast.ops import _check
 from vlmfast.ops._unit import accumulator
-from vlmfast.ops.similarity import reference
+from vlmfast.ops.similarity import _cpu, reference
 
 __all__ = ["normalized_similarity", "rank_counts", "similarity_topk"]
 
-IMPLS: dict[str, ModuleType] = {"reference": reference}
+IMPLS: dict[str, ModuleType] = {"cpu": _cpu, "reference": reference}
 
 
 def normalized_similarity(

@@ -11,11 +11,11 @@ from vlmfast.backend import select
 from vlmfast.errors import ShapeError
 from vlmfast.ops import _check
 from vlmfast.ops._unit import accumulator
-from vlmfast.ops.softmax_loss import reference
+from vlmfast.ops.softmax_loss import _cpu, reference
 
 __all__ = ["clip_loss", "info_nce_loss"]
 
-IMPLS: dict[str, ModuleType] = {"reference": reference}
+IMPLS: dict[str, ModuleType] = {"cpu": _cpu, "reference": reference}
 
 
 def clip_loss(

@@ -1,0 +1,153 @@
+// Threads, scratch memory, and the walk over the tiles of S that every family shares.
+#pragma once
+#include <atomic>
+#include <cstddef>
+#include <memory>
+#include <new>
+#include <thread>
+#include <vector>
+
+#include "vlmfast/kernels.h"
+
+namespace vlmfast {
+
+const Kernels& kernels();  // the instruction set in use (dispatch.cpp)
+
+// An uninitialised array, 64-byte aligned, counted in scratch_peak().
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t size) : bytes_((size * int64_t(sizeof(T)) + 63) / 64 * 64 + 64), data_(allocate(bytes_)) {}
+  Scratch(int64_t size, T value) : Scratch(size) {
+    for (int64_t i = 0; i < size; ++i) data_[i] = value;
+  }
+  Scratch(Scratch&& other) noexcept : bytes_(other.bytes_), data_(other.data_) { other.data_ = nullptr; }
+  Scratch(const Scratch&) = delete;
+  ~Scratch();
+  operator T*() const { return data_; }
+
+ private:
+  static T* allocate(int64_t bytes);
+  int64_t bytes_;
+  T* data_;
+};
+
+void count_scratch(int64_t bytes);
+
+template <class T>
+T* Scratch<T>::allocate(int64_t bytes) {
+  T* data = static_cast<T*>(::operator new(size_t(bytes), std::align_val_t(64)));
+  count_scratch(bytes);
+  return data;
+}
+
+template <class T>
+Scratch<T>::~Scratch() {
+  if (!data_) return;
+  count_scratch(-bytes_);
+  ::operator delete(data_, std::align_val_t(64));
+}
+
+// Denormal floats count as zero while this lives: they are below every tolerance and slow by a factor of a hundred.
+class FlushDenormals {
+ public:
+  FlushDenormals();
+  ~FlushDenormals();
+
+ private:
+  unsigned before_;
+};
+
+// f(thread) on `threads` threads, the caller's among them.
+template <class F>
+void on_threads(int threads, F f) {
+  std::vector<std::thread> others;
+  for (int t = 1; t < threads; ++t)
+    others.emplace_back([&f, t] {
+      FlushDenormals flush;
+      f(t);
+    });
+  {
+    FlushDenormals flush;
+    f(0);
+  }
+  for (std::thread& other : others) other.join();
+}
+
+// f(begin, end) over [0, n) cut into one range a thread, each beginning at a multiple of `step`.
+template <class F>
+void in_ranges(int threads, int64_t n, int64_t step, F f) {
+  const int64_t steps = (n + step - 1) / step;
+  if (threads > steps) threads = int(steps);
+  on_threads(threads, [&](int t) {
+    const int64_t begin = steps * t / threads * step, end = steps * (t + 1) / threads * step;
+    if (begin < n) f(begin, end < n ? end : n);
+  });
+}
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// A pair of matrices, packed, ready to be walked tile by tile.
+class Sweep {
+ public:
+  Sweep(const Pair& pair, float* dx, float* dy);
+
+  // f(tile) with tile.s filled, for every tile. A tile runs after those above it and those left of it, whatever the
+  // threads: sums over rows or columns are added in one order and have the same bits on any number of threads.
+  // Where dx or dy is given, f leaves G in tile.s and dx += G y, dy += G^T x follow (of unit rows, unscaled).
+  template <class F>
+  void run(F f);
+
+  // From those sums to the gradients of the rows as they came; returns sum_i <x_i, (G y)_i>, which is dL/dscale.
+  double finish(float scale);
+
+  // out[p] = <x_i, y_j> for i = x_rows[p], j = y_rows[p], in the bits of the tiles.
+  void dots(const int64_t* x_rows, const int64_t* y_rows, int64_t count, float* out) const;
+
+  const float* x_inverse() const { return x_inverse_; }
+  const float* y_inverse() const { return y_inverse_; }
+
+ private:
+  struct Workspace {
+    Workspace(int64_t D, bool slices, bool gradient);
+    Scratch<float> x_panels, x_slices, s, g;
+  };
+
+  Pair pair_;
+  const Kernels& k_;
+  float *dx_, *dy_;
+  int threads_;
+  Scratch<float> x_inverse_, y_inverse_, y_panels_, y_slices_;
+};
+
+template <class F>
+void Sweep::run(F f) {
+  const int64_t M = pair_.x.rows, N = pair_.y.rows, D = pair_.D;
+  const int64_t bands = (M + TILE_M - 1) / TILE_M;
+  std::vector<std::atomic<int64_t>> done(bands);  // columns finished in each band of rows
+  for (auto& d : done) d.store(0, std::memory_order_relaxed);
+  std::vector<Workspace> workspaces;
+  workspaces.reserve(threads_);
+  for (int t = 0; t < threads_; ++t) workspaces.emplace_back(D, dy_ != nullptr, dx_ || dy_);
+
+  on_threads(threads_, [&](int t) {
+    const Workspace& w = workspaces[t];
+    for (int64_t band = t; band < bands; band += threads_) {
+      const int64_t i0 = band * TILE_M, m = M - i0 < TILE_M ? M - i0 : TILE_M;
+      k_.pack_panels(pair_.x, D, x_inverse_, i0, m, k_.mr, w.x_panels);
+      if (dy_) k_.pack_slices(pair_.x, D, x_inverse_, i0, m, k_.nr, w.x_slices);
+      for (int64_t j0 = 0; j0 < N; j0 += TILE_N) {
+        const Tile tile = {i0, j0, m, N - j0 < TILE_N ? N - j0 : TILE_N, w.s};
+        k_.similarity(w.x_panels, y_panels_ + j0 * D, D, tile);
+        if (band > 0)
+          for (int spins = 0; done[band - 1].load(std::memory_order_acquire) < j0 + tile.n; ++spins)
+            if (spins > 1000) std::this_thread::yield();
+        f(tile);
+        if (dx_ || dy_) k_.accumulate(tile, w.x_slices, y_slices_ + j0 * round_up(D, k_.nr), D, w.g, dx_, dy_);
+        done[band].store(j0 + tile.n, std::memory_order_release);
+      }
+    }
+  });
+}
+
+}  // namespace vlmfast

@@ -1,0 +1,131 @@
+// Every CPU kernel, declared once. Pointers, sizes and numbers only: no torch, no Python, no STL in a signature.
+//
+// Letters: rows x [M, D], columns y [N, D], similarities S [M, N] = x y^T of the rows as they are, or of unit rows.
+// Python checks and allocates; what is here trusts its arguments.
+#pragma once
+#include <stdint.h>
+
+namespace vlmfast {
+
+// S is walked in tiles of TILE_M x TILE_N. They depend on no thread count, so neither do the bits of a result.
+constexpr int64_t TILE_M = 96, TILE_N = 384;
+
+enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+struct Matrix {
+  const void* data;  // [rows, D], contiguous
+  int64_t rows;
+  int32_t dtype;
+};
+
+// What a call works on.
+struct Pair {
+  Matrix x, y;
+  int64_t D;
+  bool normalize;  // use x / max(|x|, 1e-12), likewise y
+  int threads;
+};
+
+// One tile of S, rows [i0, i0 + m), columns [j0, j0 + n).
+struct Tile {
+  int64_t i0, j0, m, n;
+  float* s;  // [TILE_M, TILE_N]: dot products in, for a gradient dL/dS out; beyond m and n unspecified
+};
+
+// ---- softmax_loss -------------------------------------------------------------------------------------------------
+// z = scale * S; row i's term is w_i (lse_i - target_i), columns likewise (docs/maths.md).
+
+enum SoftmaxForm : int32_t {
+  INDEX = 0,  // ids name the one positive: row_ids[i] a column, col_ids[j] a row, -1 none
+  OUT = 1,    // positives are row_ids[i] == col_ids[j], target the mean of their z ("share" = 1 / count)
+  IN = 2,     // the same positives, target the log-sum-exp of their z
+};
+
+struct SoftmaxSide {  // of length M for rows, N for columns
+  const int32_t* ids;
+  const float* weight;  // nullptr: this direction is absent
+  const float* share;   // OUT only
+  float* lse;           // out in forward, in for backward; natural log
+  float* positive_lse;  // IN only
+};
+
+struct SoftmaxCall {
+  Pair pair;
+  SoftmaxSide rows, cols;
+  float scale, smoothing;
+  int32_t form;
+};
+
+double softmax_loss_forward(const SoftmaxCall& call);
+// dx [M, D], dy [N, D] float32 or nullptr when not needed; returns dL/dscale. `grad` is the incoming gradient.
+double softmax_loss_backward(const SoftmaxCall& call, float grad, float* dx, float* dy);
+
+// ---- sigmoid_loss -------------------------------------------------------------------------------------------------
+// (1 / M) sum_ij softplus(-+(scale S_ij + bias)), - on the diagonal; writes {loss, dL/dscale, dL/dbias}.
+void sigmoid_loss(const Pair& pair, float scale, float bias, float* dx, float* dy, double* out);
+
+// ---- hinge_loss ---------------------------------------------------------------------------------------------------
+// Sums of [margin + S_ij - S_ii]+ and [margin + S_ij - S_jj]+ over j != i: all of them, or the hardest of each row
+// and column. Returns the loss.
+double hinge_loss(const Pair& pair, float margin, bool hardest, float* dx, float* dy);
+
+// ---- similarity ---------------------------------------------------------------------------------------------------
+void similarity(const Pair& pair, float* out);                                           // out [M, N]
+void similarity_topk(const Pair& pair, int64_t k, float* values, int64_t* indices);      // both [M, k], best first
+void rank_counts(const Pair& pair, const int64_t* positives, int64_t P, int64_t* above,  // positives [M, P], -1 none
+                 int64_t* ties);
+
+// ---- the machine --------------------------------------------------------------------------------------------------
+const char* isa();                   // the instruction set in use
+const char* const* isas();           // those that this build has and this processor runs, best first, nullptr-ended
+bool force_isa(const char* name);    // false: not in isas(). nullptr: the best again
+int64_t scratch_peak(bool restart);  // most bytes of scratch memory held at once since the last restart
+double microkernel_gflops(int64_t D, double seconds);  // the micro-kernel alone, one thread, operands in cache
+
+// ---- one instruction set's kernels, the rows of the table in dispatch.cpp
+// ---------------------------------------------
+
+// Running statistics of one side of the softmax: sum_j 2^(z log2(e)) = 2^reference * total.
+struct Running {
+  float* reference;
+  double* total;
+  float* positive_reference;  // IN only
+  double* positive;           // INDEX, OUT: sum over positives of z log2(e); IN: their total
+};
+
+struct Kernels {
+  const char* name;
+  int64_t mr, nr;  // panel widths
+
+  // out[i] = 1 / max(|x_i|, 1e-12), or 1 for all.
+  void (*inverse_lengths)(const Matrix& x, int64_t D, bool normalize, int64_t begin, int64_t end, float* out);
+  // Rows [begin, begin + rows) scaled by `inverse`, as panels [k = D][width rows] / slices [k = rows][width columns].
+  void (*pack_panels)(const Matrix& x, int64_t D, const float* inverse, int64_t begin, int64_t rows, int64_t width,
+                      float* out);
+  void (*pack_slices)(const Matrix& x, int64_t D, const float* inverse, int64_t begin, int64_t rows, int64_t width,
+                      float* out);
+  void (*similarity)(const float* x_panels, const float* y_panels, int64_t D, const Tile& tile);
+  // dx += G y, dy += G^T x for the tile's G in tile.s; `g` is scratch of TILE_M * TILE_N.
+  void (*accumulate)(const Tile& tile, const float* x_slices, const float* y_slices, int64_t D, float* g, float* dx,
+                     float* dy);
+  // out[p] = the same bits that a tile gives for rows (x_rows[p], y_rows[p]).
+  void (*dots)(const Pair& pair, const float* x_inverse, const float* y_inverse, const int64_t* x_rows,
+               const int64_t* y_rows, int64_t count, float* out);
+  // From H = sum_j G_ij y_j to the gradient of the raw row, in place; dots[i] = <x_i, H_i>.
+  void (*finish_gradient)(const Matrix& x, int64_t D, const float* inverse, bool normalize, float scale, int64_t begin,
+                          int64_t end, float* H, double* dots);
+
+  void (*softmax_forward)(const Tile& tile, const SoftmaxCall& call, const Running& rows, const Running& cols);
+  void (*softmax_backward)(const Tile& tile, const SoftmaxCall& call, float grad);
+  void (*sigmoid)(const Tile& tile, float scale, float bias, float weight, bool gradient, double* row_loss,
+                  double* row_bias);
+  void (*hinge_sum)(const Tile& tile, float margin, const float* diagonal, bool gradient, double* row_loss,
+                    float* row_count, float* col_count);
+  void (*hinge_hardest)(const Tile& tile, float* row_best, int64_t* row_arg, float* col_best, int64_t* col_arg);
+  void (*topk)(const Tile& tile, int64_t k, float* values, int64_t* indices);
+  void (*topk_sort)(int64_t k, float* values, int64_t* indices);
+  void (*rank)(const Tile& tile, const float* best, int64_t* above, int64_t* ties);
+  double (*flops_of_micro)(int64_t D, int64_t repeats, const float* a, const float* b, float* c);
+};
+
+}  // namespace vlmfast
