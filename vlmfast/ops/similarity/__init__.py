@@ -102,7 +102,8 @@ def rank_counts(
         above[i], ties[i] = (s[i] > best).sum(), (s[i, not in positives[i]] == best).sum()
 
     `above` is the optimistic rank, counted from 0; `above + ties` the pessimistic one; `above + ties / 2` the mean
-    over all orders of equals. Equal means the same float32 number.
+    over all orders of equals. Equal means the same float32 number. A NaN counts as above whatever it is compared with:
+    a broken model ranks last, not first.
 
     Args:
         query: [M, D] embeddings, any length > 0 (a zero row stays zero). float32, bfloat16 or float16; float64 runs
@@ -112,7 +113,7 @@ def rank_counts(
             A query with none at all has every item above it.
         normalize: divide rows by their lengths first, clamped at 1e-12; False ranks by dot products.
     Returns:
-        above [M] int64 and ties [M] int64; above + ties < N.
+        above [M] int64 and ties [M] int64; above + ties < N, but for NaN and queries without a positive.
     Raises:
         ShapeError: query or items is not a matrix or is empty, their widths differ, or positives is not [M] or [M, P].
         DTypeError: query or items is not floating, or positives is not int64.

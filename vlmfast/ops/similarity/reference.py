@@ -75,7 +75,7 @@ def ranks(
         column = torch.where(positives[rows] < 0, len(items), positives[rows])
         positive = s.new_zeros(len(s), len(items) + 1, dtype=torch.bool).scatter_(1, column, True)[:, :-1]
         best = s.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)
-        above.append((s > best).sum(1))
+        above.append((~(s <= best)).sum(1))  # true for NaN: a broken model ranks last, not first
         ties.append(((s == best) & ~positive).sum(1))
     return torch.cat(above), torch.cat(ties)
 
