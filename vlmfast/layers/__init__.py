@@ -1,0 +1,9 @@
+"""The building blocks of the towers: one small nn.Module each, with the parameter names of OpenAI's CLIP."""
+
+from vlmfast.layers.attention import Attention
+from vlmfast.layers.embed import PatchEmbedding
+from vlmfast.layers.mlp import ACTIVATIONS, Mlp, quick_gelu
+from vlmfast.layers.norm import LayerNorm
+from vlmfast.layers.transformer import Block, Transformer
+
+__all__ = ["ACTIVATIONS", "Attention", "Block", "LayerNorm", "Mlp", "PatchEmbedding", "Transformer", "quick_gelu"]

@@ -1,0 +1,47 @@
+"""Self-attention with the parameter names of nn.MultiheadAttention."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlmfast.errors import ShapeError
+
+
+class Attention(nn.Module):
+    """Each token's mixture of the tokens it may look at, in `heads` independent subspaces.
+
+    Equals, for each head on its own K = C / heads features of each of q, k, v:
+        q, k, v = (x @ in_proj_weight.T + in_proj_bias).chunk(3, -1)
+        out_proj(softmax(q @ k.T / K**0.5 [- inf above the diagonal if causal]) @ v)
+
+    Args:
+        width: C, features of a token.
+        heads: H, which divides C.
+        causal: whether token t sees only tokens 0 .. t.
+        x: [B, T, C] floating.
+    Returns: [B, T, C].
+    Raises:
+        ShapeError: heads does not divide width.
+    Source: Vaswani et al. 2017, section 3.2. Initialised like nn.MultiheadAttention.
+    """
+
+    def __init__(self, width: int, heads: int, *, causal: bool = False) -> None:
+        super().__init__()
+        if width % heads:
+            raise ShapeError(f"Attention: width must be a multiple of heads; got width {width}, heads {heads}")
+        self.heads = heads
+        self.causal = causal
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # [B, T, 3C]
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, T, K]
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # [B, H, T, K]
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, causal={self.causal}"
