@@ -1,0 +1,111 @@
+"""The text tower: a causal transformer pooled at the end-of-text token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmfast.errors import DTypeError, ShapeError
+from vlmfast.layers import LayerNorm, Transformer
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text tower's sizes, under the names of open_clip's `text_cfg`."""
+
+    context_length: int = 77
+    vocab_size: int = 49408
+    width: int = 512
+    heads: int = 8
+    layers: int = 12
+    mlp_ratio: float = 4.0
+    act_kwargs: dict[str, Any] | None = None  # {"approximate": "tanh"} or nothing
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ShapeError(f"text_cfg: width {self.width} must be a multiple of heads {self.heads}")
+
+
+class TextTower(nn.Module):
+    """Text embeddings [B, D], not normalised: the token at the end-of-text token's place, projected.
+
+    Equals:
+        x = ln_final(transformer(token_embedding(text) + positional_embedding[:T]))
+        x[arange(B), text.argmax(-1)] @ text_projection
+
+    The end-of-text token must therefore have the highest id of its row. The transformer is causal, so that what comes
+    after that token changes nothing; on the CPU those columns are cut off before anything is computed of them.
+
+    Args:
+        config: sizes.
+        embed_dim: D.
+        activation: a key of `vlmfast.layers.ACTIVATIONS`.
+        text: [B, T] int64 token ids, T at most the context length.
+    Returns: [B, D].
+    Raises:
+        ShapeError: text is not [B, T], or is longer than the context length.
+        DTypeError: text is not int64.
+        ValueError: a token id is outside the vocabulary (checked on the CPU only: elsewhere it would synchronise).
+    Source: Radford et al. 2021, section 2.4; the initialisation as in OpenAI's CLIP.
+    """
+
+    def __init__(self, config: TextConfig, embed_dim: int, activation: str) -> None:
+        super().__init__()
+        C = config.width
+        self.context_length, self.vocab_size = config.context_length, config.vocab_size
+        self.token_embedding = nn.Embedding(config.vocab_size, C)
+        self.positional_embedding = nn.Parameter(torch.empty(config.context_length, C))
+        self.transformer = Transformer(config.layers, C, config.heads, config.mlp_ratio, activation, causal=True)
+        self.ln_final = LayerNorm(C)
+        self.text_projection = nn.Parameter(torch.empty(C, embed_dim))
+        self._initialize(C, config.layers)
+
+    def _initialize(self, C: int, layers: int) -> None:
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        into_residual = C**-0.5 * (2 * layers) ** -0.5  # the residual stream adds up 2 * layers branches
+        deviations = {
+            "attn.in_proj_weight": C**-0.5,
+            "attn.out_proj.weight": into_residual,
+            "mlp.c_fc.weight": (2 * C) ** -0.5,
+            "mlp.c_proj.weight": into_residual,
+        }
+        for block in self.transformer.resblocks:
+            for name, std in deviations.items():
+                nn.init.normal_(block.get_parameter(name), std=std)
+        nn.init.normal_(self.text_projection, std=C**-0.5)
+
+    def forward(self, text: Tensor) -> Tensor:
+        self._check(text)
+        end = text.argmax(-1)  # [B]
+        if text.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._check_ids(text)
+            text = text[:, : int(end.max()) + 1]
+        return self.tokens(text)[torch.arange(len(text), device=text.device), end] @ self.text_projection
+
+    def tokens(self, text: Tensor) -> Tensor:
+        """Every token's features after ln_final: [B, T, C]; token t has seen tokens 0 .. t."""
+        x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
+        return self.ln_final(self.transformer(x))
+
+    def _check(self, text: Tensor) -> None:
+        if text.dim() != 2 or not text.numel():
+            raise ShapeError(f"encode_text: text must be token ids [B, T], B and T >= 1; got {tuple(text.shape)}")
+        if text.shape[1] > self.context_length:
+            raise ShapeError(
+                f"encode_text: text must have at most {self.context_length} tokens; got {tuple(text.shape)}. "
+                f"Tokenize with context_length={self.context_length}, or build the model with a longer one"
+            )
+        if text.dtype != torch.int64:
+            raise DTypeError(f"encode_text: text must be int64 token ids; got {text.dtype}. Use .long()")
+
+    def _check_ids(self, text: Tensor) -> None:
+        lowest, highest = (int(value) for value in text.aminmax())
+        if lowest < 0 or highest >= self.vocab_size:
+            raise ValueError(
+                f"encode_text: token ids must be in [0, {self.vocab_size}) (vocab_size); got {lowest}..{highest}. "
+                "Was the text tokenized with this model's tokenizer?"
+            )
