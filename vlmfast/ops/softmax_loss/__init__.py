@@ -293,6 +293,8 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 13
     *tensors, row_lse, col_lse, row_pos_lse, col_pos_lse = ctx.saved_tensors
     need_x, need_y, need_scale = ctx.needs_input_grad[:3]
     saved = (row_lse, col_lse, row_pos_lse, col_pos_lse)
