@@ -148,13 +148,13 @@ def test_hardest_is_the_sum_of_the_top_violations_on_a_thousand_matrices(backend
 @hardness
 @pytest.mark.parametrize("margin", [0.0, 1.0])
 def test_a_hinge_that_is_exactly_zero_passes_no_gradient(backend, margin, hardest):
-    """Whole numbers, so that margin + s_ij - s_ii is exactly zero again and again."""
+    """Whole numbers: many hinges are exactly zero, and the hardest foreigners have twins in other tiles."""
     generator = torch.Generator().manual_seed(0)
-    image, text = torch.randint(-1, 2, (2, 40, 5), generator=generator).float()
+    image, text = torch.randint(-1, 2, (2, 200, 5), generator=generator).float()
     x = image.clone().requires_grad_()
     loss = vse_loss(x, text, margin, hardest=hardest, normalize=False)
     s = image @ text.T
-    strangers = ~torch.eye(40, dtype=torch.bool)
+    strangers = ~torch.eye(200, dtype=torch.bool)
     by_row, by_column = (margin + s - s.diag()[:, None]), (margin + s - s.diag())
     assert (by_row[strangers] == 0).any()
     if hardest:  # only the first of the largest stays
@@ -294,13 +294,13 @@ def test_nothing_of_the_size_of_the_similarities_is_saved(backend):
 
 @hardness
 def test_the_reference_is_the_same_in_any_chunks(monkeypatch, hardest):
-    image, text = smooth_pairs(65, 33, hardest=hardest, dtype=torch.float64)
-    args = (image, text, 0.2, hardest, True, True, True)
+    """Whole numbers: exact in any order, and with ties from chunk to chunk."""
+    image, text = torch.randint(-1, 2, (2, 65, 5), generator=torch.Generator().manual_seed(0)).float()
+    args = (image, text, 1.0, hardest, False, True, True)
     whole = reference.forward(*args)
     for chunk in (1, 65 * 7, 65 * 64):
         monkeypatch.setattr(reference, "CHUNK", chunk)
-        for ours, exact in zip(reference.forward(*args), whole, strict=True):
-            torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-13)
+        assert all(torch.equal(a, b) for a, b in zip(reference.forward(*args), whole, strict=True))
 
 
 @hardness
