@@ -34,5 +34,13 @@ lint: $(VENV)/.pinned
 type: $(VENV)/.pinned
 	$(BIN)/mypy
 
+nm: $(VENV)/.native ## the objects of an instruction set export nothing that another set's could replace
+	$(BIN)/python tests/csrc/check_symbols.py build
+
+asan: $(VENV)/.pinned ## the kernels' own tests under the address and undefined-behaviour sanitizers
+	$(BIN)/cmake -S . -B build/asan -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DVLMFAST_SANITIZE=ON
+	$(BIN)/cmake --build build/asan --target vlmfast_test
+	build/asan/vlmfast_test
+
 clean:
 	rm -rf $(VENV) build vlmfast/*.so vlmfast/_ext_error.txt

@@ -30,19 +30,18 @@ FlushDenormals::FlushDenormals() : before_(0) {}
 FlushDenormals::~FlushDenormals() { (void)before_; }
 #endif
 
-Sweep::Workspace::Workspace(int64_t D, bool slices, bool gradient)
-    : x_panels(TILE_M * D),
-      x_slices(slices ? TILE_M * round_up(D, kernels().nr) : 0),
-      s(TILE_M * TILE_N, 0.0f),
-      g(gradient ? TILE_M * TILE_N : 0) {}
+Sweep::Workspace::Workspace(int64_t rows, int64_t D, bool slices)
+    : x_panels(rows * D), x_slices(slices ? rows * round_up(D, kernels().nr) : 0), s(rows * TILE_LD, 0.0f) {}
 
-// A thread costs some 50 us to start: give each at least this many multiply-adds.
-static int useful_threads(const Pair& pair) {
+// Large tiles do fewer passes over what they add to; half of it where S would have too few tiles to share out.
+static int64_t tile_size(int64_t n, int64_t most) { return n >= 16 * most ? most : most / 2; }
+
+// A thread costs some 50 us to start: give each at least 2^23 multiply-adds, and a band of rows.
+static int useful_threads(const Pair& pair, int64_t tile_m) {
   const double work = double(pair.x.rows) * double(pair.y.rows) * double(pair.D) / double(1 << 23);
-  const int64_t tiles = (pair.x.rows + TILE_M - 1) / TILE_M;
-  int threads = pair.threads < 1 ? 1 : pair.threads;
-  if (threads > tiles) threads = int(tiles);
-  return work < threads ? (work < 1 ? 1 : int(work)) : threads;
+  const int64_t bands = (pair.x.rows + tile_m - 1) / tile_m;
+  const double most = double(pair.threads < bands ? pair.threads : bands);
+  return work < 1 || most < 1 ? 1 : int(work < most ? work : most);
 }
 
 Sweep::Sweep(const Pair& pair, float* dx, float* dy)
@@ -50,7 +49,9 @@ Sweep::Sweep(const Pair& pair, float* dx, float* dy)
       k_(kernels()),
       dx_(dx),
       dy_(dy),
-      threads_(useful_threads(pair)),
+      tile_m_(tile_size(pair.x.rows, TILE_M)),
+      tile_n_(tile_size(pair.y.rows, TILE_N)),
+      threads_(useful_threads(pair, tile_m_)),
       x_inverse_(pair.x.rows),
       y_inverse_(pair.y.rows),
       y_panels_(round_up(pair.y.rows, k_.nr) * pair.D),
@@ -61,10 +62,10 @@ Sweep::Sweep(const Pair& pair, float* dx, float* dy)
   in_ranges(threads_, M, 1, [&](int64_t begin, int64_t end) {
     k_.inverse_lengths(pair_.x, D, pair_.normalize, begin, end, x_inverse_);
   });
-  in_ranges(threads_, N, TILE_N, [&](int64_t begin, int64_t end) {
+  in_ranges(threads_, N, tile_n_, [&](int64_t begin, int64_t end) {
     k_.inverse_lengths(pair_.y, D, pair_.normalize, begin, end, y_inverse_);
-    for (int64_t j0 = begin; j0 < end; j0 += TILE_N) {
-      const int64_t n = end - j0 < TILE_N ? end - j0 : TILE_N;
+    for (int64_t j0 = begin; j0 < end; j0 += tile_n_) {
+      const int64_t n = end - j0 < tile_n_ ? end - j0 : tile_n_;
       k_.pack_panels(pair_.y, D, y_inverse_, j0, n, k_.nr, y_panels_ + j0 * D);
       if (dx_) k_.pack_slices(pair_.y, D, y_inverse_, j0, n, k_.nr, y_slices_ + j0 * round_up(D, k_.nr));
     }

@@ -109,13 +109,14 @@ class Sweep {
 
  private:
   struct Workspace {
-    Workspace(int64_t D, bool slices, bool gradient);
-    Scratch<float> x_panels, x_slices, s, g;
+    Workspace(int64_t rows, int64_t D, bool slices);
+    Scratch<float> x_panels, x_slices, s;
   };
 
   Pair pair_;
   const Kernels& k_;
   float *dx_, *dy_;
+  int64_t tile_m_, tile_n_;
   int threads_;
   Scratch<float> x_inverse_, y_inverse_, y_panels_, y_slices_;
 };
@@ -123,27 +124,28 @@ class Sweep {
 template <class F>
 void Sweep::run(F f) {
   const int64_t M = pair_.x.rows, N = pair_.y.rows, D = pair_.D;
-  const int64_t bands = (M + TILE_M - 1) / TILE_M;
+  const int64_t bands = (M + tile_m_ - 1) / tile_m_;
   std::vector<std::atomic<int64_t>> done(bands);  // columns finished in each band of rows
   for (auto& d : done) d.store(0, std::memory_order_relaxed);
   std::vector<Workspace> workspaces;
   workspaces.reserve(threads_);
-  for (int t = 0; t < threads_; ++t) workspaces.emplace_back(D, dy_ != nullptr, dx_ || dy_);
+  for (int t = 0; t < threads_; ++t)
+    workspaces.emplace_back(round_up(M < tile_m_ ? M : tile_m_, k_.mr), D, dy_ != nullptr);
 
   on_threads(threads_, [&](int t) {
     const Workspace& w = workspaces[t];
     for (int64_t band = t; band < bands; band += threads_) {
-      const int64_t i0 = band * TILE_M, m = M - i0 < TILE_M ? M - i0 : TILE_M;
+      const int64_t i0 = band * tile_m_, m = M - i0 < tile_m_ ? M - i0 : tile_m_;
       k_.pack_panels(pair_.x, D, x_inverse_, i0, m, k_.mr, w.x_panels);
       if (dy_) k_.pack_slices(pair_.x, D, x_inverse_, i0, m, k_.nr, w.x_slices);
-      for (int64_t j0 = 0; j0 < N; j0 += TILE_N) {
-        const Tile tile = {i0, j0, m, N - j0 < TILE_N ? N - j0 : TILE_N, w.s};
+      for (int64_t j0 = 0; j0 < N; j0 += tile_n_) {
+        const Tile tile = {i0, j0, m, N - j0 < tile_n_ ? N - j0 : tile_n_, w.s};
         k_.similarity(w.x_panels, y_panels_ + j0 * D, D, tile);
         if (band > 0)
           for (int spins = 0; done[band - 1].load(std::memory_order_acquire) < j0 + tile.n; ++spins)
             if (spins > 1000) std::this_thread::yield();
         f(tile);
-        if (dx_ || dy_) k_.accumulate(tile, w.x_slices, y_slices_ + j0 * round_up(D, k_.nr), D, w.g, dx_, dy_);
+        if (dx_ || dy_) k_.accumulate(tile, w.x_slices, y_slices_ + j0 * round_up(D, k_.nr), D, dx_, dy_);
         done[band].store(j0 + tile.n, std::memory_order_release);
       }
     }

@@ -8,7 +8,7 @@ namespace VLMFAST_ISA {
 static inline void drop_diagonal(const Tile& tile) {
   for (int64_t i = 0; i < tile.m; ++i) {
     const int64_t j = tile.i0 + i - tile.j0;
-    if (j >= 0 && j < tile.n) tile.s[i * TILE_N + j] = -INFINITY;
+    if (j >= 0 && j < tile.n) tile.s[i * TILE_LD + j] = -INFINITY;
   }
 }
 
@@ -22,7 +22,7 @@ void hinge_sum(const Tile& tile, float margin, const float* diagonal, bool gradi
     const V own = set1(diagonal[tile.i0 + i]);
     V loss = zero, active = zero;
     for (int64_t j = 0; j < tile.n; j += W) {
-      float* s = tile.s + i * TILE_N + j;
+      float* s = tile.s + i * TILE_LD + j;
       const Mask inside = first(tile.n - j);
       const V near = add(slack, load(s));
       const V by_row = sub(near, own), by_col = sub(near, load(positive + j));
@@ -49,7 +49,7 @@ void hinge_hardest(const Tile& tile, float* row_best, int64_t* row_arg, float* c
   for (int64_t i = 0; i < tile.m; ++i) {
     V top = none;
     for (int64_t j = 0; j < tile.n; j += W) {
-      const V z = load(tile.s + i * TILE_N + j), old = load(best + j);
+      const V z = load(tile.s + i * TILE_LD + j), old = load(best + j);
       top = max(select(first(tile.n - j), z, none), top);
       const Mask better = gt(z, old);  // strictly: the first index keeps a tie
       store(best + j, select(better, z, old));
@@ -58,7 +58,7 @@ void hinge_hardest(const Tile& tile, float* row_best, int64_t* row_arg, float* c
     const float row_top = maximum(top);
     if (row_top > row_best[tile.i0 + i]) {
       int64_t j = 0;
-      while (tile.s[i * TILE_N + j] != row_top) ++j;
+      while (tile.s[i * TILE_LD + j] != row_top) ++j;
       row_best[tile.i0 + i] = row_top;
       row_arg[tile.i0 + i] = tile.j0 + j;
     }

@@ -23,8 +23,8 @@ static inline float to_float(Bfloat16 x) { return bits_to_float(uint32_t(x.bits)
 static inline float to_float(Float16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
   if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);  // inf, NaN
-  // 2^112 moves the exponent's bias from 15 to 127 and makes subnormals normal.
-  return bits_to_float(sign | magnitude << 13) * 5.192296858534828e33f;
+  if (magnitude < 0x400) return (sign ? -1.0f : 1.0f) * (float(magnitude) * 0x1p-24f);           // subnormal, zero
+  return bits_to_float(sign | ((magnitude << 13) + (112u << 23)));  // the exponent's bias goes from 15 to 127
 }
 
 template <class T>
@@ -47,31 +47,44 @@ static void inverse_lengths_of(const T* x, int64_t D, bool normalize, int64_t be
   }
 }
 
+static inline V load_scaled(const float* p, float scale) { return mul(load(p), set1(scale)); }
+template <class T>
+static inline V load_scaled(const T* p, float scale) {
+  float lanes[W];
+  for (int64_t l = 0; l < W; ++l) lanes[l] = to_float(p[l]) * scale;
+  return load(lanes);
+}
+
 // [k][width] panels: out[k * width + r] = row r's entry k. Rows beyond the last are zeros.
 template <class T>
-static void panels_of(const T* x, int64_t ld, const float* inverse, int64_t rows, int64_t K, int64_t width,
-                      float* out) {
-  for (int64_t r0 = 0; r0 < rows; r0 += width, out += K * width)
-    for (int64_t r = 0; r < width; ++r) {
-      if (r0 + r >= rows) {
-        for (int64_t k = 0; k < K; ++k) out[k * width + r] = 0.0f;
-        continue;
+static void panels_of(const T* x, int64_t D, const float* inverse, int64_t rows, int64_t width, float* out) {
+  for (int64_t r0 = 0; r0 < rows; r0 += width, out += D * width)
+    for (int64_t r = 0; r < width; r += W) {
+      const int64_t lanes = width - r < W ? width - r : W;  // the panel's lanes; of them `here` are rows
+      const int64_t here = rows - r0 - r < lanes ? (rows - r0 - r > 0 ? rows - r0 - r : 0) : lanes;
+      const T* row = x + (r0 + r) * D;
+      const float* scale = inverse + r0 + r;
+      int64_t k = 0;
+      for (; k + W <= D; k += W) {
+        V square[W];
+        for (int64_t l = 0; l < W; ++l) square[l] = l < here ? load_scaled(row + l * D + k, scale[l]) : set1(0.0f);
+        transpose(square);
+        for (int64_t c = 0; c < W; ++c) store_first(lanes, out + (k + c) * width + r, square[c]);
       }
-      const T* row = x + (r0 + r) * ld;
-      const float scale = inverse ? inverse[r0 + r] : 1.0f;
-      for (int64_t k = 0; k < K; ++k) out[k * width + r] = to_float(row[k]) * scale;
+      for (; k < D; ++k)
+        for (int64_t l = 0; l < lanes; ++l)
+          out[k * width + r + l] = l < here ? to_float(row[l * D + k]) * scale[l] : 0.0f;
     }
 }
 
 // [k][width] slices: out[k * width + c] = row k's entry c0 + c. Columns beyond the last are zeros.
 template <class T>
-static void slices_of(const T* x, int64_t ld, const float* inverse, int64_t rows, int64_t cols, int64_t width,
-                      float* out) {
-  for (int64_t c0 = 0; c0 < cols; c0 += width) {
-    const int64_t n = cols - c0 < width ? cols - c0 : width;
+static void slices_of(const T* x, int64_t D, const float* inverse, int64_t rows, int64_t width, float* out) {
+  for (int64_t c0 = 0; c0 < D; c0 += width) {
+    const int64_t n = D - c0 < width ? D - c0 : width;
     for (int64_t k = 0; k < rows; ++k, out += width) {
-      const T* row = x + k * ld + c0;
-      const float scale = inverse ? inverse[k] : 1.0f;
+      const T* row = x + k * D + c0;
+      const float scale = inverse[k];
       for (int64_t c = 0; c < n; ++c) out[c] = to_float(row[c]) * scale;
       for (int64_t c = n; c < width; ++c) out[c] = 0.0f;
     }
@@ -95,12 +108,12 @@ void inverse_lengths(const Matrix& x, int64_t D, bool normalize, int64_t begin, 
 
 void pack_panels(const Matrix& x, int64_t D, const float* inverse, int64_t begin, int64_t rows, int64_t width,
                  float* out) {
-  typed(x, [&](auto* data) { panels_of(data + begin * D, D, inverse + begin, rows, D, width, out); });
+  typed(x, [&](auto* data) { panels_of(data + begin * D, D, inverse + begin, rows, width, out); });
 }
 
 void pack_slices(const Matrix& x, int64_t D, const float* inverse, int64_t begin, int64_t rows, int64_t width,
                  float* out) {
-  typed(x, [&](auto* data) { slices_of(data + begin * D, D, inverse + begin, rows, D, width, out); });
+  typed(x, [&](auto* data) { slices_of(data + begin * D, D, inverse + begin, rows, width, out); });
 }
 
 // K is cut so that a panel's cut of B stays in the first-level cache while panels of A pass by.
@@ -112,22 +125,15 @@ void similarity_tile(const float* x_panels, const float* y_panels, int64_t D, co
     for (int64_t c = 0; c < tile.n; c += NR)
       for (int64_t r = 0; r < tile.m; r += MR) {
         const float *a = x_panels + r * D + k * MR, *b = y_panels + c * D + k * NR;
-        float* out = tile.s + r * TILE_N + c;
-        k == 0 ? micro<true>(K, a, b, out, TILE_N) : micro<false>(K, a, b, out, TILE_N);
+        float* out = tile.s + r * TILE_LD + c;
+        k == 0 ? micro<1, MR, FRESH>(K, a, b, out, TILE_LD) : micro<1, MR, CONTINUE>(K, a, b, out, TILE_LD);
       }
   }
 }
 
-void accumulate(const Tile& tile, const float* x_slices, const float* y_slices, int64_t D, float* g, float* dx,
-                float* dy) {
-  if (dx) {
-    panels_of(tile.s, TILE_N, nullptr, tile.m, tile.n, MR, g);
-    multiply_add(g, tile.n * MR, tile.m, y_slices, tile.n * NR, D, tile.n, dx + tile.i0 * D, D);
-  }
-  if (dy) {
-    slices_of(tile.s, TILE_N, nullptr, tile.m, tile.n, MR, g);
-    multiply_add(g, tile.m * MR, tile.n, x_slices, tile.m * NR, D, tile.m, dy + tile.j0 * D, D);
-  }
+void accumulate(const Tile& tile, const float* x_slices, const float* y_slices, int64_t D, float* dx, float* dy) {
+  if (dx) multiply_add<TILE_LD, 1>(tile.s, tile.m, y_slices, tile.n * NR, D, tile.n, dx + tile.i0 * D, D);
+  if (dy) multiply_add<1, TILE_LD>(tile.s, tile.n, x_slices, tile.m * NR, D, tile.m, dy + tile.j0 * D, D);
 }
 
 // A scalar chain in the order and with the rounding of the micro-kernel.
@@ -182,7 +188,7 @@ void finish_gradient(const Matrix& x, int64_t D, const float* inverse, bool norm
 }
 
 double flops_of_micro(int64_t D, int64_t repeats, const float* a, const float* b, float* c) {
-  for (int64_t i = 0; i < repeats; ++i) micro<false>(D, a, b, c, NR);
+  for (int64_t i = 0; i < repeats; ++i) micro<1, MR, CONTINUE>(D, a, b, c, NR);
   return 2.0 * double(MR * NR * D * repeats);
 }
 

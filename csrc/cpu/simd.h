@@ -28,6 +28,8 @@
 namespace vlmfast {
 namespace VLMFAST_ISA {
 
+// transpose(v) turns W vectors, the rows of a square, into its columns.
+//
 // In max(a, b) and min(a, b) a NaN in `a` yields `b`, and a NaN in `b` yields `b`: max(v, running) skips NaN,
 // max(bound, v) keeps it.
 
@@ -58,6 +60,31 @@ static inline Mask first(int64_t n) { return n >= W ? Mask(0xffff) : Mask((1u <<
 static inline Mask both(Mask a, Mask b) { return a & b; }
 static inline V select(Mask m, V yes, V no) { return _mm512_mask_blend_ps(m, no, yes); }
 static inline int count(Mask m) { return __builtin_popcount(m); }
+static inline void transpose(V* v) {
+  V t[16];
+  for (int i = 0; i < 16; i += 2) {  // pairs of rows, then pairs of pairs, then quarters of registers
+    t[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int h = 0; h < 2; ++h) {
+      const __m512d a = _mm512_castps_pd(t[i + h]), b = _mm512_castps_pd(t[i + 2 + h]);
+      v[i + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      v[i + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_f32x4(v[i], v[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_f32x4(v[i], v[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    v[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+    v[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+    v[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+    v[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
 
 #elif VLMFAST_ISA_ID == VLMFAST_AVX2
 
@@ -94,6 +121,23 @@ static inline Mask first(int64_t n) {
 static inline Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
 static inline V select(Mask m, V yes, V no) { return _mm256_blendv_ps(no, yes, m); }
 static inline int count(Mask m) { return __builtin_popcount(unsigned(_mm256_movemask_ps(m))); }
+static inline void transpose(V* v) {
+  V t[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int h = 0; h < 2; ++h) {
+      v[i + 2 * h] = _mm256_shuffle_ps(t[i + h], t[i + 2 + h], 0x44);
+      v[i + 2 * h + 1] = _mm256_shuffle_ps(t[i + h], t[i + 2 + h], 0xee);
+    }
+  for (int i = 0; i < 4; ++i) {
+    const V low = v[i], high = v[i + 4];
+    v[i] = _mm256_permute2f128_ps(low, high, 0x20);
+    v[i + 4] = _mm256_permute2f128_ps(low, high, 0x31);
+  }
+}
 
 #elif VLMFAST_ISA_ID == VLMFAST_NEON
 
@@ -126,6 +170,13 @@ static inline Mask first(int64_t n) {
 static inline Mask both(Mask a, Mask b) { return vandq_u32(a, b); }
 static inline V select(Mask m, V yes, V no) { return vbslq_f32(m, yes, no); }
 static inline int count(Mask m) { return int(vaddvq_u32(vshrq_n_u32(m, 31))); }
+static inline void transpose(V* v) {
+  const float32x4x2_t a = vtrnq_f32(v[0], v[1]), b = vtrnq_f32(v[2], v[3]);
+  v[0] = vcombine_f32(vget_low_f32(a.val[0]), vget_low_f32(b.val[0]));
+  v[1] = vcombine_f32(vget_low_f32(a.val[1]), vget_low_f32(b.val[1]));
+  v[2] = vcombine_f32(vget_high_f32(a.val[0]), vget_high_f32(b.val[0]));
+  v[3] = vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1]));
+}
 
 #else
 
@@ -158,8 +209,21 @@ static inline Mask first(int64_t n) { return n > 0; }
 static inline Mask both(Mask a, Mask b) { return a && b; }
 static inline V select(Mask m, V yes, V no) { return m ? yes : no; }
 static inline int count(Mask m) { return m; }
+static inline void transpose(V*) {}
 
 #endif
+
+// The first n of v's lanes.
+static inline void store_first(int64_t n, float* p, V v) {
+#if VLMFAST_ISA_ID == VLMFAST_AVX512
+  _mm512_mask_storeu_ps(p, first(n), v);
+#else
+  if (n >= W) return store(p, v);
+  float lanes[W];
+  store(lanes, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+#endif
+}
 
 // Lanes are added in one fixed order, so a sum has the same bits on every call.
 static inline float sum(V v) {

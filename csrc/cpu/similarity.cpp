@@ -11,7 +11,7 @@ void similarity(const Pair& pair, float* out) {
   const int64_t N = pair.y.rows;
   sweep.run([&](const Tile& tile) {
     for (int64_t i = 0; i < tile.m; ++i)
-      std::memcpy(out + (tile.i0 + i) * N + tile.j0, tile.s + i * TILE_N, size_t(tile.n) * sizeof(float));
+      std::memcpy(out + (tile.i0 + i) * N + tile.j0, tile.s + i * TILE_LD, size_t(tile.n) * sizeof(float));
   });
 }
 

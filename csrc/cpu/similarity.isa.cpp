@@ -25,7 +25,7 @@ void topk(const Tile& tile, int64_t k, float* values, int64_t* indices) {
     float* value = values + (tile.i0 + i) * k;
     int64_t* index = indices + (tile.i0 + i) * k;
     for (int64_t j = 0; j < tile.n; j += W) {
-      const float* s = tile.s + i * TILE_N + j;
+      const float* s = tile.s + i * TILE_LD + j;
       if (!count(gt(select(first(tile.n - j), load(s), set1(-INFINITY)), set1(value[0])))) continue;
       for (int64_t l = 0; l < W && j + l < tile.n; ++l)
         if (worse(value[0], index[0], s[l], tile.j0 + j + l)) {
@@ -54,7 +54,7 @@ void rank(const Tile& tile, const float* best, int64_t* above, int64_t* ties) {
   for (int64_t i = 0; i < tile.m; ++i) {
     const V mark = set1(best[tile.i0 + i]);
     for (int64_t j = 0; j < tile.n; j += W) {
-      const V z = load(tile.s + i * TILE_N + j);
+      const V z = load(tile.s + i * TILE_LD + j);
       const Mask inside = first(tile.n - j);
       above[tile.i0 + i] += count(both(inside, gt(z, mark)));
       ties[tile.i0 + i] += count(both(inside, eq(z, mark)));

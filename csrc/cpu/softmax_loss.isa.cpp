@@ -47,7 +47,7 @@ static void scale_and_top(const Tile& tile, float scale2, const int32_t* row_ids
   for (int64_t i = 0; i < tile.m; ++i) {
     V top = none, positive_top = none;
     for (int64_t j = 0; j < tile.n; j += W) {
-      float* s = tile.s + i * TILE_N + j;
+      float* s = tile.s + i * TILE_LD + j;
       const V z = select(first(tile.n - j), mul(load(s), factor), none);
       store(s, z);
       top = max(z, top);
@@ -80,7 +80,7 @@ static void sum_powers(const Tile& tile, const Tops& refs, const int32_t* row_id
     const V row_ref = set1(refs.row[i]);
     V total = zero, positive = zero;
     for (int64_t j = 0; j < tile.n; j += W) {
-      const V z = load(tile.s + i * TILE_N + j);
+      const V z = load(tile.s + i * TILE_LD + j);
       const V row_power = exp2(sub(z, row_ref));
       const V col_power = ONE_EXP ? row_power : exp2(sub(z, load(refs.col + j)));
       total = add(total, row_power);
@@ -130,11 +130,11 @@ static void forward_of(const Tile& tile, const SoftmaxCall& call, const Running&
   if (FORM == INDEX) {
     for (int64_t i = 0; i < tile.m; ++i) {
       const int64_t j = row_ids[i] - tile.j0;
-      if (j >= 0 && j < tile.n) rows.positive[tile.i0 + i] = tile.s[i * TILE_N + j];
+      if (j >= 0 && j < tile.n) rows.positive[tile.i0 + i] = tile.s[i * TILE_LD + j];
     }
     for (int64_t j = 0; j < tile.n; ++j) {
       const int64_t i = col_ids[j] - tile.i0;
-      if (i >= 0 && i < tile.m) cols.positive[tile.j0 + j] = tile.s[i * TILE_N + j];
+      if (i >= 0 && i < tile.m) cols.positive[tile.j0 + j] = tile.s[i * TILE_LD + j];
     }
   }
 
@@ -202,7 +202,7 @@ static void gradient_of(const Tile& tile, float scale2, bool smoothing, const Fa
   for (int64_t i = 0; i < tile.m; ++i) {
     const V row_factor = set1(rows.factor[i]), row_weight = set1(rows.weight[i]), row_lse = set1(rows.lse[i]);
     for (int64_t j = 0; j < tile.n; j += W) {
-      float* s = tile.s + i * TILE_N + j;
+      float* s = tile.s + i * TILE_LD + j;
       const V z = mul(load(s), factor);
       V g;
       if (ONE_EXP) {  // w_i p_row + w_j p_col from one power
@@ -261,11 +261,11 @@ static void backward_of(const Tile& tile, const SoftmaxCall& call, float grad) {
     const float hit = 1.0f - call.smoothing;
     for (int64_t i = 0; i < tile.m; ++i) {
       const int64_t j = rows.ids[i] - tile.j0;
-      if (j >= 0 && j < tile.n) tile.s[i * TILE_N + j] -= hit * rows.weight[i];
+      if (j >= 0 && j < tile.n) tile.s[i * TILE_LD + j] -= hit * rows.weight[i];
     }
     for (int64_t j = 0; j < tile.n; ++j) {
       const int64_t i = cols.ids[j] - tile.i0;
-      if (i >= 0 && i < tile.m) tile.s[i * TILE_N + j] -= hit * cols.weight[j];
+      if (i >= 0 && i < tile.m) tile.s[i * TILE_LD + j] -= hit * cols.weight[j];
     }
   }
 }

@@ -8,7 +8,7 @@ void inverse_lengths(const Matrix&, int64_t, bool, int64_t, int64_t, float*);
 void pack_panels(const Matrix&, int64_t, const float*, int64_t, int64_t, int64_t, float*);
 void pack_slices(const Matrix&, int64_t, const float*, int64_t, int64_t, int64_t, float*);
 void similarity_tile(const float*, const float*, int64_t, const Tile&);
-void accumulate(const Tile&, const float*, const float*, int64_t, float*, float*, float*);
+void accumulate(const Tile&, const float*, const float*, int64_t, float*, float*);
 void dots(const Pair&, const float*, const float*, const int64_t*, const int64_t*, int64_t, float*);
 void finish_gradient(const Matrix&, int64_t, const float*, bool, float, int64_t, int64_t, float*, double*);
 void softmax_forward(const Tile&, const SoftmaxCall&, const Running&, const Running&);

@@ -7,8 +7,10 @@
 
 namespace vlmfast {
 
-// S is walked in tiles of TILE_M x TILE_N. They depend on no thread count, so neither do the bits of a result.
-constexpr int64_t TILE_M = 96, TILE_N = 384;
+// S is walked in tiles of at most TILE_M x TILE_N. Their shape depends on M and N only, never on the threads, so
+// neither do the bits of a result.
+constexpr int64_t TILE_M = 192, TILE_N = 384;
+constexpr int64_t TILE_LD = TILE_N + 16;  // a stride of 25 cache lines, so that a column of a tile meets every set
 
 enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
@@ -29,7 +31,7 @@ struct Pair {
 // One tile of S, rows [i0, i0 + m), columns [j0, j0 + n).
 struct Tile {
   int64_t i0, j0, m, n;
-  float* s;  // [TILE_M, TILE_N]: dot products in, for a gradient dL/dS out; beyond m and n unspecified
+  float* s;  // [TILE_M, TILE_LD]: dot products in, for a gradient dL/dS out; beyond m and n unspecified
 };
 
 // ---- softmax_loss -------------------------------------------------------------------------------------------------
@@ -105,9 +107,8 @@ struct Kernels {
   void (*pack_slices)(const Matrix& x, int64_t D, const float* inverse, int64_t begin, int64_t rows, int64_t width,
                       float* out);
   void (*similarity)(const float* x_panels, const float* y_panels, int64_t D, const Tile& tile);
-  // dx += G y, dy += G^T x for the tile's G in tile.s; `g` is scratch of TILE_M * TILE_N.
-  void (*accumulate)(const Tile& tile, const float* x_slices, const float* y_slices, int64_t D, float* g, float* dx,
-                     float* dy);
+  // dx += G y, dy += G^T x for the tile's G in tile.s.
+  void (*accumulate)(const Tile& tile, const float* x_slices, const float* y_slices, int64_t D, float* dx, float* dy);
   // out[p] = the same bits that a tile gives for rows (x_rows[p], y_rows[p]).
   void (*dots)(const Pair& pair, const float* x_inverse, const float* y_inverse, const int64_t* x_rows,
                const int64_t* y_rows, int64_t count, float* out);

@@ -1,0 +1,234 @@
+// The kernels without Python, under the address and undefined-behaviour sanitizers (`make asan`): every instruction
+// set, ragged shapes, exact buffer sizes, against double-precision loops; and the same bits on any number of threads.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "vlmfast/kernels.h"
+
+using namespace vlmfast;
+using std::vector;
+
+namespace {
+
+int failures = 0;
+
+void check(bool ok, const char* what, int64_t M, int64_t N, int64_t D) {
+  if (ok) return;
+  ++failures;
+  std::printf("FAILED %s: isa %s, M=%lld N=%lld D=%lld\n", what, isa(), (long long)M, (long long)N, (long long)D);
+}
+
+vector<float> random_rows(int64_t rows, int64_t D, unsigned seed) {
+  std::mt19937 generator(seed);
+  std::normal_distribution<float> normal;
+  vector<float> x(size_t(rows * D));
+  for (float& value : x) value = normal(generator);
+  return x;
+}
+
+vector<double> unit(const vector<float>& x, int64_t D) {
+  vector<double> u(x.begin(), x.end());
+  for (size_t i = 0; i < u.size(); i += size_t(D)) {
+    double square = 0;
+    for (int64_t k = 0; k < D; ++k) square += u[i + k] * u[i + k];
+    for (int64_t k = 0; k < D; ++k) u[i + k] /= std::sqrt(square);
+  }
+  return u;
+}
+
+vector<double> products(const vector<double>& x, const vector<double>& y, int64_t M, int64_t N, int64_t D) {
+  vector<double> s(size_t(M * N), 0.0);
+  for (int64_t i = 0; i < M; ++i)
+    for (int64_t j = 0; j < N; ++j)
+      for (int64_t k = 0; k < D; ++k) s[i * N + j] += x[i * D + k] * y[j * D + k];
+  return s;
+}
+
+// dx as the kernels must give it: (I - u u^T) scale G v / |x|.
+bool matches(const vector<float>& got, const vector<float>& x, const vector<double>& u, const vector<double>& v,
+             const vector<double>& G, int64_t M, int64_t N, int64_t D, double scale, bool transposed) {
+  double worst = 0, largest = 1e-30;
+  for (int64_t i = 0; i < M; ++i) {
+    vector<double> h(size_t(D), 0.0);
+    double length = 0, along = 0;
+    for (int64_t k = 0; k < D; ++k) length += double(x[i * D + k]) * x[i * D + k];
+    for (int64_t j = 0; j < N; ++j)
+      for (int64_t k = 0; k < D; ++k) h[k] += (transposed ? G[j * M + i] : G[i * N + j]) * v[j * D + k];
+    for (int64_t k = 0; k < D; ++k) along += u[i * D + k] * h[k];
+    for (int64_t k = 0; k < D; ++k) {
+      const double exact = scale * (h[k] - u[i * D + k] * along) / std::sqrt(length);
+      worst = std::max(worst, std::abs(exact - got[i * D + k]));
+      largest = std::max(largest, std::abs(exact));
+    }
+  }
+  return worst <= 2e-5 * std::max(largest, 1e-3);
+}
+
+void softmax(int64_t M, int64_t N, int64_t D, float scale) {
+  const vector<float> x = random_rows(M, D, 1), y = random_rows(N, D, 2);
+  const vector<double> u = unit(x, D), v = unit(y, D), s = products(u, v, M, N, D);
+  const int64_t pairs = std::min(M, N);
+  vector<int32_t> row_ids(size_t(M), -1), col_ids(size_t(N), -1);
+  vector<float> row_weight(size_t(M), 0.0f), col_weight(size_t(N), 0.0f);
+  for (int64_t i = 0; i < pairs; ++i) {
+    row_ids[i] = col_ids[i] = int32_t(i);
+    row_weight[i] = col_weight[i] = 0.5f / float(pairs);
+  }
+
+  vector<double> row_lse(size_t(M), 0.0), col_lse(size_t(N), 0.0);
+  for (int64_t i = 0; i < M; ++i)
+    for (int64_t j = 0; j < N; ++j) {
+      row_lse[i] += std::exp(scale * s[i * N + j] - scale);
+      col_lse[j] += std::exp(scale * s[i * N + j] - scale);
+    }
+  for (double& l : row_lse) l = std::log(l) + scale;
+  for (double& l : col_lse) l = std::log(l) + scale;
+  double loss = 0;
+  vector<double> G(size_t(M * N));
+  for (int64_t i = 0; i < pairs; ++i) loss += row_weight[i] * (row_lse[i] + col_lse[i] - 2 * scale * s[i * N + i]);
+  for (int64_t i = 0; i < M; ++i)
+    for (int64_t j = 0; j < N; ++j) {
+      const double z = scale * s[i * N + j], hit = i == j;
+      G[i * N + j] =
+          row_weight[i] * (std::exp(z - row_lse[i]) - hit) + col_weight[j] * (std::exp(z - col_lse[j]) - hit);
+    }
+
+  vector<float> dx1, dy1;
+  for (int threads : {1, 2, 5}) {
+    vector<float> rl(size_t(M), 0.0f), cl(size_t(N), 0.0f), dx(size_t(M * D), NAN), dy(size_t(N * D), NAN);
+    const SoftmaxCall call = {{{x.data(), M, FLOAT32}, {y.data(), N, FLOAT32}, D, true, threads},
+                              {row_ids.data(), row_weight.data(), nullptr, rl.data(), nullptr},
+                              {col_ids.data(), col_weight.data(), nullptr, cl.data(), nullptr},
+                              scale,
+                              0.0f,
+                              INDEX};
+    const double got = softmax_loss_forward(call);
+    softmax_loss_backward(call, 1.0f, dx.data(), dy.data());
+    check(std::abs(got - loss) <= 1e-5 * (1 + std::abs(loss)), "softmax loss", M, N, D);
+    check(matches(dx, x, u, v, G, M, N, D, scale, false), "softmax dx", M, N, D);
+    check(matches(dy, y, v, u, G, N, M, D, scale, true), "softmax dy", M, N, D);
+    if (threads == 1) dx1 = dx, dy1 = dy;
+    check(dx == dx1 && dy == dy1, "the same bits on any threads", M, N, D);
+  }
+}
+
+void sigmoid_and_hinge(int64_t B, int64_t D) {
+  const vector<float> x = random_rows(B, D, 3), y = random_rows(B, D, 4);
+  const vector<double> u = unit(x, D), v = unit(y, D), s = products(u, v, B, B, D);
+  const Pair pair = {{x.data(), B, FLOAT32}, {y.data(), B, FLOAT32}, D, true, 2};
+  vector<float> dx(size_t(B * D), NAN), dy(size_t(B * D), NAN);
+
+  double loss = 0, tilt = 0, out[3];
+  vector<double> G(size_t(B * B));
+  for (int64_t i = 0; i < B; ++i)
+    for (int64_t j = 0; j < B; ++j) {
+      const double z = 10.0 * s[i * B + j] - 3.0, t = i == j ? 1 : -1;
+      loss += std::log1p(std::exp(-t * z)) / double(B);
+      G[i * B + j] = -t / (1 + std::exp(t * z)) / double(B);
+      tilt += G[i * B + j];
+    }
+  sigmoid_loss(pair, 10.0f, -3.0f, dx.data(), dy.data(), out);
+  check(std::abs(out[0] - loss) <= 1e-5 * loss, "sigmoid loss", B, B, D);
+  check(std::abs(out[2] - tilt) <= 1e-5 * (1 + std::abs(tilt)), "sigmoid dbias", B, B, D);
+  check(matches(dx, x, u, v, G, B, B, D, 10.0, false), "sigmoid dx", B, B, D);
+  check(matches(dy, y, v, u, G, B, B, D, 10.0, true), "sigmoid dy", B, B, D);
+
+  for (bool hardest : {false, true}) {
+    double expected = 0;
+    for (int64_t i = 0; i < B; ++i) {
+      double row = 0, col = 0;
+      for (int64_t j = 0; j < B; ++j) {
+        if (j == i) continue;
+        const double by_row = std::max(0.0, 0.2 + s[i * B + j] - s[i * B + i]);
+        const double by_col = std::max(0.0, 0.2 + s[j * B + i] - s[i * B + i]);
+        row = hardest ? std::max(row, by_row) : row + by_row;
+        col = hardest ? std::max(col, by_col) : col + by_col;
+      }
+      expected += row + col;
+    }
+    const double got = hinge_loss(pair, 0.2f, hardest, dx.data(), dy.data());
+    check(std::abs(got - expected) <= 1e-5 * (1 + expected), hardest ? "hardest hinge" : "hinge", B, B, D);
+    for (float value : dx) check(std::isfinite(value), "hinge dx written", B, B, D);
+  }
+}
+
+void retrieval(int64_t M, int64_t N, int64_t D) {
+  vector<float> x(size_t(M * D)), y(size_t(N * D));  // small integers: products are exact and ties abound
+  std::mt19937 generator(5);
+  for (float& value : x) value = float(int(generator() % 5) - 2);
+  for (float& value : y) value = float(int(generator() % 5) - 2);
+  const vector<double> s = products({x.begin(), x.end()}, {y.begin(), y.end()}, M, N, D);
+  const Pair pair = {{x.data(), M, FLOAT32}, {y.data(), N, FLOAT32}, D, false, 2};
+  const int64_t k = std::min<int64_t>(N, 7), P = 2;
+  vector<float> out(size_t(M * N)), values(size_t(M * k));
+  vector<int64_t> indices(size_t(M * k)), positives(size_t(M * P)), above(size_t(M), 0), ties(size_t(M), 0);
+  for (int64_t i = 0; i < M; ++i) positives[i * P] = i % N, positives[i * P + 1] = i % 3 ? -1 : (i + 1) % N;
+
+  similarity(pair, out.data());
+  similarity_topk(pair, k, values.data(), indices.data());
+  rank_counts(pair, positives.data(), P, above.data(), ties.data());
+  for (int64_t i = 0; i < M; ++i) {
+    for (int64_t j = 0; j < N; ++j) check(out[i * N + j] == float(s[i * N + j]), "similarity", M, N, D);
+    for (int64_t r = 0; r < k; ++r) {
+      const int64_t j = indices[i * k + r];
+      int64_t before = 0;
+      for (int64_t l = 0; l < N; ++l) before += s[i * N + l] > s[i * N + j] || (s[i * N + l] == s[i * N + j] && l < j);
+      check(before == r && values[i * k + r] == float(s[i * N + j]), "topk", M, N, D);
+    }
+    const int64_t p = positives[i * P], q = positives[i * P + 1];
+    const double best = q < 0 ? s[i * N + p] : std::max(s[i * N + p], s[i * N + q]);
+    int64_t over = 0, beside = 0;
+    for (int64_t l = 0; l < N; ++l) {
+      over += s[i * N + l] > best;
+      beside += s[i * N + l] == best && l != p && l != q;
+    }
+    check(above[i] == over && ties[i] == beside, "ranks", M, N, D);
+  }
+}
+
+void halves() {  // bfloat16 and float16 inputs give what their float32 values give
+  const int64_t B = 33, D = 20;
+  const uint16_t bfloat16[4] = {0x3f80, 0xbf00, 0x4049, 0x3eaa}, float16[4] = {0x3c00, 0xb800, 0x4248, 0x0001};
+  const float as_bfloat16[4] = {1.0f, -0.5f, 3.140625f, 0.33203125f};
+  const float as_float16[4] = {1.0f, -0.5f, 3.140625f, 5.9604644775390625e-08f};
+  for (int32_t dtype : {BFLOAT16, FLOAT16}) {
+    vector<uint16_t> x(size_t(B * D));
+    vector<float> wide(size_t(B * D)), got(size_t(B * B)), expected(size_t(B * B));
+    std::mt19937 generator(6);
+    for (size_t i = 0; i < x.size(); ++i) {
+      const unsigned which = generator() % 4;
+      x[i] = dtype == BFLOAT16 ? bfloat16[which] : float16[which];
+      wide[i] = dtype == BFLOAT16 ? as_bfloat16[which] : as_float16[which];
+    }
+    similarity({{x.data(), B, dtype}, {x.data(), B, dtype}, D, true, 1}, got.data());
+    similarity({{wide.data(), B, FLOAT32}, {wide.data(), B, FLOAT32}, D, true, 1}, expected.data());
+    check(got == expected, dtype == BFLOAT16 ? "bfloat16" : "float16", B, B, D);
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (const char* const* name = isas(); *name; ++name) {
+    force_isa(*name);
+    // Alone; under, on and over a panel and a tile; ragged every way; more than one tile each way.
+    softmax(1, 1, 1, 14.3f);
+    softmax(12, 32, 7, 14.3f);
+    softmax(95, 193, 33, 14.3f);
+    softmax(97, 96, 100, 100.0f);
+    softmax(200, 385, 257, 14.3f);
+    softmax(400, 401, 8, 100.0f);
+    sigmoid_and_hinge(1, 3);
+    sigmoid_and_hinge(97, 40);
+    sigmoid_and_hinge(210, 31);
+    retrieval(1, 1, 1);
+    retrieval(100, 203, 9);
+    halves();
+    std::printf("%s: %s\n", *name, failures ? "failed" : "passed");
+  }
+  check(!force_isa("no such set"), "force_isa refuses", 0, 0, 0);
+  return failures != 0;
+}
