@@ -1,0 +1,15 @@
+"""`clip_loss` beside its rivals, forward and backward.
+
+Model: 8 * B * B * D flops: the tile of logits is computed twice, because its gradient needs whole rows and columns;
+4 * B * D * 4 bytes at the least, both embeddings read and both gradients written. Rivals: vlmfast/bench/providers.py.
+"""
+
+import pytest
+
+from vlmfast.bench.providers import PROVIDERS
+
+
+@pytest.mark.parametrize("B", [64, 256, 1024, 4096])
+@pytest.mark.parametrize("provider", PROVIDERS)
+def bench_clip_loss(bench_loss, provider, B):
+    bench_loss("clip", provider, B)
