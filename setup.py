@@ -33,7 +33,7 @@ class CMakeBuild(build_ext):
         build = Path(self.build_temp).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
         configure = [
-            "cmake", "--fresh", "-S", str(HERE), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",
+            "cmake", "-S", str(HERE), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={destination}",
@@ -41,8 +41,17 @@ class CMakeBuild(build_ext):
         ]  # fmt: skip
         if shutil.which("ninja"):
             configure += ["-G", "Ninja"]
-        for command in (configure, ["cmake", "--build", str(build), "--target", "_C"]):
+        self._run(configure, retry=[configure[0], "--fresh", *configure[1:]])
+        self._run(["cmake", "--build", str(build), "--target", "_C"])
+
+    def _run(self, command: list[str], retry: list[str] | None = None) -> None:
+        """Runs it, keeping the output for the report. A cache left by another environment is worth a second try."""
+        try:
             subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        except subprocess.CalledProcessError:
+            if retry is None:
+                raise
+            self._run(retry)
 
 
 no_ext = os.environ.get("VLMFAST_NO_EXT") == "1"

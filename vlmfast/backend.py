@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +16,8 @@ from vlmfast.errors import BackendError
 PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 NAMES = ("cuda", "triton", "cpu", "reference")
 
-_forced: ContextVar[str | None] = ContextVar("vlmfast_backend", default=None)
+# A plain global: torch.compile can guard on it, which it cannot on a ContextVar.
+_forced: str | None = None
 
 
 def _known(name: str) -> str:
@@ -28,23 +28,27 @@ def _known(name: str) -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Forces every op inside the block to run on backend `name`, or to raise `BackendError` with the reason.
+    """Forces every op of this process inside the block to run on backend `name`, or to raise `BackendError` with the reason.
 
     Args:
         name: one of "reference", "cpu", "triton", "cuda". The variable VLMFAST_BACKEND does the same for a process.
     Raises:
         BackendError: the name is unknown (at entry), or the backend cannot run a call (at the call).
     """
-    token = _forced.set(_known(name))
+    global _forced
+    before, _forced = _forced, _known(name)
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 def forced_backend() -> str | None:
     """The backend that `use_backend` or VLMFAST_BACKEND forces, or None."""
-    return _forced.get() or (_known(os.environ["VLMFAST_BACKEND"]) if os.environ.get("VLMFAST_BACKEND") else None)
+    if _forced is not None:
+        return _forced
+    name = os.environ.get("VLMFAST_BACKEND")
+    return _known(name) if name else None
 
 
 def select(op: str, impls: Mapping[str, ModuleType], device: torch.device, *args: Any) -> str:

@@ -52,6 +52,7 @@ static inline V abs(V a) { return _mm512_abs_ps(a); }
 static inline V round(V a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline V scale2(V a, V n) { return _mm512_scalef_ps(a, n); }
 static inline Mask gt(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+static inline Mask le(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
 static inline Mask eq(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 static inline Mask same(const int32_t* p, int32_t x) {
   return _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(p), _mm512_set1_epi32(x));
@@ -109,6 +110,7 @@ static inline V scale2(V a, V n) {
   return _mm256_mul_ps(a, _mm256_castsi256_ps(bits));
 }
 static inline Mask gt(V a, V b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
+static inline Mask le(V a, V b) { return _mm256_cmp_ps(a, b, _CMP_LE_OQ); }
 static inline Mask eq(V a, V b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
 static inline Mask same(const int32_t* p, int32_t x) {
   return _mm256_castsi256_ps(
@@ -161,6 +163,7 @@ static inline V scale2(V a, V n) {
   return vmulq_f32(a, vreinterpretq_f32_s32(bits));
 }
 static inline Mask gt(V a, V b) { return vcgtq_f32(a, b); }
+static inline Mask le(V a, V b) { return vcleq_f32(a, b); }
 static inline Mask eq(V a, V b) { return vceqq_f32(a, b); }
 static inline Mask same(const int32_t* p, int32_t x) { return vceqq_s32(vld1q_s32(p), vdupq_n_s32(x)); }
 static inline Mask first(int64_t n) {
@@ -203,6 +206,7 @@ static inline V scale2(V a, V n) {
   return a * power.value;
 }
 static inline Mask gt(V a, V b) { return a > b; }
+static inline Mask le(V a, V b) { return a <= b; }
 static inline Mask eq(V a, V b) { return a == b; }
 static inline Mask same(const int32_t* p, int32_t x) { return *p == x; }
 static inline Mask first(int64_t n) { return n > 0; }

@@ -4,8 +4,12 @@
 namespace vlmfast {
 namespace VLMFAST_ISA {
 
-// A row's k best as a heap with the worst on top; of equal values the higher index is the worse.
-static inline bool worse(float a, int64_t i, float b, int64_t j) { return a < b || (a == b && i > j); }
+// A row's k best as a heap with the worst on top. NaN is above every number, as in torch.sort; of equals the higher
+// index is the worse.
+static inline bool worse(float a, int64_t i, float b, int64_t j) {
+  const bool equal = a == b || (a != a && b != b);
+  return equal ? i > j : a < b || b != b;
+}
 
 static void sift_down(float* values, int64_t* indices, int64_t at, int64_t size) {
   const float value = values[at];
@@ -26,7 +30,8 @@ void topk(const Tile& tile, int64_t k, float* values, int64_t* indices) {
     int64_t* index = indices + (tile.i0 + i) * k;
     for (int64_t j = 0; j < tile.n; j += W) {
       const float* s = tile.s + i * TILE_LD + j;
-      if (!count(gt(select(first(tile.n - j), load(s), set1(-INFINITY)), set1(value[0])))) continue;
+      const bool full = index[0] != INT64_MAX;
+      if (full && count(both(first(tile.n - j), le(load(s), set1(value[0])))) == count(first(tile.n - j))) continue;
       for (int64_t l = 0; l < W && j + l < tile.n; ++l)
         if (worse(value[0], index[0], s[l], tile.j0 + j + l)) {
           value[0] = s[l];
@@ -56,7 +61,7 @@ void rank(const Tile& tile, const float* best, int64_t* above, int64_t* ties) {
     for (int64_t j = 0; j < tile.n; j += W) {
       const V z = load(tile.s + i * TILE_LD + j);
       const Mask inside = first(tile.n - j);
-      above[tile.i0 + i] += count(both(inside, gt(z, mark)));
+      above[tile.i0 + i] += count(inside) - count(both(inside, le(z, mark)));  // not "greater": NaN counts as above
       ties[tile.i0 + i] += count(both(inside, eq(z, mark)));
     }
   }
