@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlmfast.backend import select
 from vlmfast.errors import ShapeError
-from vlmfast.ops import _check
+from vlmfast.ops import _check, _library
 from vlmfast.ops._unit import accumulator
 from vlmfast.ops.softmax_loss import _cpu, reference
 
@@ -216,7 +216,7 @@ def _check_labels(op: str, labels: Tensor, N: int) -> None:
             raise ValueError(f"{op}: labels must be in [0, {N}), or -1 for none; got {low if low < -1 else high}")
 
 
-@torch.library.custom_op("vlmfast::softmax_loss", mutates_args=())
+@_library.op("softmax_loss")
 def _softmax_loss(
     x: Tensor,
     y: Tensor,
@@ -233,8 +233,7 @@ def _softmax_loss(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     plan = (row_ids, col_ids, row_weight, col_weight, row_share, col_share, form, label_smoothing, normalize)
-    with torch.autocast(x.device.type, enabled=False):
-        return IMPLS[backend].forward(x, y, logit_scale, *plan)
+    return IMPLS[backend].forward(x, y, logit_scale, *plan)
 
 
 @_softmax_loss.register_fake
@@ -246,7 +245,7 @@ def _(x, y, logit_scale, row_ids, col_ids, row_weight, col_weight, row_share, co
     return x.new_empty((), dtype=dtype), *(x.new_empty(size, dtype=dtype) for size in (M, N, *positive))
 
 
-@torch.library.custom_op("vlmfast::softmax_loss_backward", mutates_args=())
+@_library.op("softmax_loss_backward")
 def _softmax_loss_backward(
     grad: Tensor,
     x: Tensor,
@@ -271,8 +270,7 @@ def _softmax_loss_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     plan = (row_ids, col_ids, row_weight, col_weight, row_share, col_share, form, label_smoothing, normalize)
     saved = (row_lse, col_lse, row_pos_lse, col_pos_lse)
-    with torch.autocast(x.device.type, enabled=False):
-        return IMPLS[backend].backward(grad, x, y, logit_scale, *plan, *saved, need_x, need_y)
+    return IMPLS[backend].backward(grad, x, y, logit_scale, *plan, *saved, need_x, need_y)
 
 
 @_softmax_loss_backward.register_fake

@@ -1,0 +1,84 @@
+"""How an op is registered with torch: as by torch.library.custom_op, for less time a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_LIBRARY = torch.library.Library("vlmfast", "FRAGMENT")
+
+
+class Op:
+    """torch.ops.vlmfast.<name>, with `register_fake` and `register_autograd` as torch.library.custom_op has them.
+
+    custom_op reads the schema anew for every argument of every differentiable call: with a dozen arguments that takes
+    longer than a small loss. Autocast is off inside the body, whatever it is outside. An op without a registered
+    gradient raises when it is asked for one.
+    """
+
+    def __init__(self, name: str, body: Callable) -> None:
+        self._name = f"vlmfast::{name}"
+        schema = torch.library.infer_schema(body, mutates_args=())
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        self.overload = getattr(torch.ops.vlmfast, name).default
+        _LIBRARY.impl(name, _outside_autocast(body), "CompositeExplicitAutograd")
+        self._setup_context: Callable | None = None
+        self._backward: Callable | None = None
+        _LIBRARY.impl(name, self._autograd(), "Autograd")
+
+    def __call__(self, *args: Any) -> Any:
+        return self.overload(*args)
+
+    def register_fake(self, fake: Callable) -> Callable:
+        """Decorates the function that tells shapes and dtypes without computing."""
+        torch.library.register_fake(self._name, fake, lib=_LIBRARY)
+        return fake
+
+    def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:
+        """The gradient: backward(ctx, *gradients), after setup_context(ctx, inputs, output) in the forward."""
+        self._backward, self._setup_context = backward, setup_context
+
+    def _autograd(self) -> Callable:
+        op = self
+
+        class Node(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, *inputs):  # type: ignore[override]
+                output = below(*inputs)
+                if op._setup_context is not None:
+                    op._setup_context(ctx, inputs, output)
+                return output
+
+            @staticmethod
+            def backward(ctx, *gradients):  # type: ignore[override]
+                if op._backward is None:
+                    raise RuntimeError(f"{op._name} has no gradient: call without create_graph=True")
+                return op._backward(ctx, *gradients)
+
+        def below(*inputs):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.overload(*inputs)
+
+        def kernel(*inputs):
+            tracked = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+            return Node.apply(*inputs) if tracked else below(*inputs)
+
+        return kernel
+
+
+def op(name: str) -> Callable[[Callable], Op]:
+    """Decorates the body of an op: its annotations are the schema, and it changes none of its arguments."""
+    return lambda body: Op(name, body)
+
+
+def _outside_autocast(body: Callable) -> Callable:
+    def run(*inputs):
+        device = inputs[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return body(*inputs)
+        with torch.autocast(device, enabled=False):
+            return body(*inputs)
+
+    return run
