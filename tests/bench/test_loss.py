@@ -228,6 +228,9 @@ def test_the_table_names_everyone_and_every_reason(small, capsys, monkeypatch):
     printed = capsys.readouterr().out
     for provider in EVERYONE.split(","):
         assert provider in printed
+    for column in ("fwd + bwd ms", "x memory", "in all MiB", "grad err"):
+        assert column in printed
+    assert "…" not in printed  # nothing is cut off
     assert "linear-cross-entropy did not run: linear_cross_entropy is a softmax over classes" in printed
     assert "siglip_loss, D=16, float32, 1 thread" in printed
 

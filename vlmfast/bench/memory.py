@@ -8,6 +8,7 @@ reserved is free, for every provider alike.
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -103,6 +104,7 @@ def _child(order: str) -> None:
     module, function, arguments = json.loads(order)
     keep_nothing()
     call = getattr(importlib.import_module(module), function)(**arguments)
+    gc.collect()  # what the setup dropped must not be freed during the call
     keep_nothing()
     print(json.dumps(asdict(peak_of(call))))
 

@@ -201,7 +201,7 @@ def show(report: Report, console: Any = None) -> None:
 
     console = console or Console()
     if not console.is_terminal:
-        console.width = max(console.width, 140)  # a file has no width to keep to
+        console.width = max(console.width, 150)  # a file has no width to keep to
     console.print(headline(report), highlight=False)
     for batch in report.batches():
         console.print(table(report, batch))
@@ -223,23 +223,11 @@ def table(report: Report, batch: int) -> Any:
     peak = report.microkernel_gflops.get(str(batch))
     title = f"B = {batch}" + (f"; the micro-kernel's own peak: {peak.median:.0f} GFLOP/s" if peak else "")
     grid = Table(title=title, title_justify="left")
-    grid.add_column("provider", no_wrap=True)
-    for name in (
-        "forward ms",
-        "fwd + bwd ms",
-        "p20-p80",
-        "x",
-        "GFLOP/s",
-        "of peak",
-        "extra MiB",
-        "x",
-        "loss err",
-        "grad err",
-    ):
-        grid.add_column(name, justify="right", no_wrap=True)
+    for name in _cells(Row("", batch)):
+        grid.add_column(name, justify="left" if name == "provider" else "right", no_wrap=True)
     for row in report.rows:
         if row.batch == batch and row.full_ms:
-            grid.add_row(*_cells(row), style="bold" if row.provider == "vlmfast" else None)
+            grid.add_row(*_cells(row).values(), style="bold" if row.provider == "vlmfast" else None)
     return grid
 
 
@@ -255,7 +243,7 @@ def notes(report: Report, batch: int) -> str:
 def legend(report: Report) -> str:
     """What the table's columns mean, and what could not be measured."""
     lines = [
-        "x: the provider's median / vlmfast's. GFLOP/s counts the flops that the loss cannot do without. Errors are "
+        "x: the provider's / vlmfast's. GFLOP/s counts the flops that the loss cannot do without. Errors are "
         "relative, against float64 on the same inputs.",
         "extra MiB: peak resident memory of a pass beyond inputs and gradients, in a fresh process; in all: all of it.",
     ]
@@ -272,22 +260,24 @@ def _check_columns(path: Path) -> bool:
     return not lines
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row) -> dict[str, str]:
+    """Column -> what it shows of the row."""
+
     def number(value: float | None, form: str, per: float = 1.0) -> str:
         return "-" if value is None else format(value / per, form)
 
     full = row.full_ms
-    return [
-        row.provider,
-        number(row.forward_ms.median if row.forward_ms else None, ".4g"),
-        number(full.median if full else None, ".4g"),
-        f"{full.p20:.4g}-{full.p80:.4g}" if full else "-",
-        number(row.full_ratio, ".2f"),
-        number(row.gflops, ".0f"),
-        number(row.microkernel_share, ".0%"),
-        number(row.extra_bytes, ".1f", MIB),
-        number(row.memory_ratio, ".1f"),
-        number(row.process_bytes, ".0f", MIB),
-        number(row.loss_error, ".0e"),
-        number(row.gradient_error, ".0e"),
-    ]
+    return {
+        "provider": row.provider,
+        "forward ms": number(row.forward_ms.median if row.forward_ms else None, ".4g"),
+        "fwd + bwd ms": number(full.median if full else None, ".4g"),
+        "p20-p80": f"{full.p20:.4g}-{full.p80:.4g}" if full else "-",
+        "x time": number(row.full_ratio, ".2f"),
+        "GFLOP/s": number(row.gflops, ".0f"),
+        "of peak": number(row.microkernel_share, ".0%"),
+        "extra MiB": number(row.extra_bytes, ".1f", MIB),
+        "x memory": number(row.memory_ratio, ".1f"),
+        "in all MiB": number(row.process_bytes, ".0f", MIB),
+        "loss err": number(row.loss_error, ".0e"),
+        "grad err": number(row.gradient_error, ".0e"),
+    }
