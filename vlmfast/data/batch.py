@@ -1,7 +1,7 @@
 """Samples, batches, and the order in which a data set becomes batches.
 
 The batch at step t is a pure function of (data set, seed, t): a run that resumes at step t, or reads with another
-number of workers, sees the same batches. All randomness is counter-based (`random_bits`): there is no state to save.
+number of workers, sees the same batches. All randomness is counter-based (`random_int`): there is no state to save.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from vlmfast.errors import DataError, ShapeError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+BITS = 2**64 - 1
 REDRAWS = 100  # draws for one unreadable sample before its row is left out
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sample:
     """One image and its caption."""
 
@@ -35,7 +36,7 @@ class Sample:
     id: int  # samples with one id are positives of each other (a digit's class, an image's number)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """B samples as tensors."""
 
@@ -78,18 +79,27 @@ class StreamDataset(Protocol):
         ...
 
 
-def random_bits(*words: int | np.ndarray) -> np.ndarray:
-    """[n] uint64 random bits that depend on the words alone; arrays among the words broadcast, n = 1 without any.
+def random_int(*words: int) -> int:
+    """64 random bits, as an int, that depend on the words (modulo 2**64) and their order alone.
 
     Source: the finaliser of SplitMix64 (Steele, Lea and Flood 2014), applied after each word.
     """
-    state = np.full(1, 0x9E3779B97F4A7C15, np.uint64)
+    return _mixed(words)
+
+
+def random_bits(*words: int | np.ndarray) -> np.ndarray:
+    """uint64 array of `random_int` for each entry of the arrays among the words, of which there is at least one."""
+    return _mixed(words)
+
+
+def _mixed(words: tuple[int | np.ndarray, ...]) -> Any:
+    state: Any = 0x9E3779B97F4A7C15
     for word in words:
-        state = state ^ (word.astype(np.uint64) if isinstance(word, np.ndarray) else np.uint64(int(word) & (2**64 - 1)))
-        state = (state + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state = state ^ (state >> np.uint64(31))
+        word = word.astype(np.uint64) if isinstance(word, np.ndarray) else int(word) & BITS  # negative ones wrap
+        state = ((state ^ word) + 0x9E3779B97F4A7C15) & BITS
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & BITS
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & BITS
+        state = state ^ (state >> 31)
     return state
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmfast.data.batch import Sample, permutation, random_bits
+from vlmfast.data.batch import Sample, permutation, random_int
 from vlmfast.errors import missing_extra
 
 Split = Literal["train", "val", "test"]
@@ -82,7 +82,7 @@ class Digits:
     def draw(self, index: int, seed: int, epoch: int) -> Sample:
         """The sample at a place; (seed, epoch, index) choose its template, and word or figure. Its id is the digit."""
         label = int(self.labels[index])
-        place = int(random_bits(seed, epoch, index)[0] % np.uint64(2 * len(self.templates)))
+        place = random_int(seed, epoch, index) % (2 * len(self.templates))
         names = CLASS_NAMES if place % 2 else CLASS_DIGITS
         return Sample(self.images[index], self.templates[place // 2].format(names[label]), label)
 

@@ -38,7 +38,8 @@ def load_image(
         data: the content of a JPEG, PNG, WebP, ... file. Its EXIF orientation is not applied, as in open_clip.
         size: pixels a side; None leaves the image as it is.
         fit: "crop" resizes the shorter side (bicubic) and takes the middle; "squash" resizes both sides;
-            "random" resizes a random part, 90-100 % of the area, that depends on `key` alone: for training.
+            "random" resizes a random part, 90-100 % of the area, that depends on `key` alone: for training. An image
+            too wide or high for that gives its middle.
         key: numbers such as (seed, epoch, index).
         where: the file's name, for the error.
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlmfast.data.batch import Sample, permutation, random_bits
+from vlmfast.data.batch import Sample, permutation, random_int
 from vlmfast.data.images import Fit, check_fit, load_image
 from vlmfast.data.skips import Skipped, UnreadableError
 from vlmfast.errors import DataError, missing_extra
@@ -342,7 +342,7 @@ class WebdatasetPairs:
                             yield member.name, tar.extractfile(member).read()  # type: ignore[union-attr]
                         last = member.name
                         tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
-                    if tar.fileobj.read(tarfile.RECORDSIZE).strip(b"\0"):  # type: ignore[union-attr]
+                    if tar.fileobj.read(2 * tarfile.RECORDSIZE).strip(b"\0"):  # type: ignore[union-attr]
                         raise tarfile.ReadError("more data after the end mark; tars cannot be joined by cat")
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
             reason = "tar cut short" if last else "tar not readable"
@@ -380,7 +380,7 @@ def _shuffled(stream: Iterator[Any], size: int, seed: int, epoch: int) -> Iterat
         if len(buffer) < size:
             buffer.append(item)
         else:
-            place = int(random_bits(seed, epoch, number)[0] % np.uint64(size))
+            place = random_int(seed, epoch, number) % size
             buffer[place], item = item, buffer[place]
             yield item
     for place in permutation(len(buffer), seed, epoch, size):

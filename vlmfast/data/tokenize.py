@@ -43,7 +43,8 @@ def clean_text(text: str) -> str:
         import ftfy
     except ImportError as error:
         raise missing_extra("ftfy", "data") from error
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    if not (text.isascii() and text.isprintable() and "&" not in text):  # else both leave it as it is
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 
 
