@@ -183,9 +183,11 @@ def test_another_model_is_refused(saved, change, message):
 )
 def test_another_optimizer_is_refused_but_another_learning_rate_is_not(saved, options, message):
     _, _, folder = saved
-    model = Towers()
+    model = Towers(seed=5)
+    before = everything(model, adamw(model))
     with pytest.raises(DataError, match=message):
         load_checkpoint(folder / "step_000007", model, adamw(model, **options), run=RUN)
+    assert same(everything(model, adamw(model)), before)
     assert load_checkpoint(folder / "step_000007", model, adamw(model, lr=1.0), run=RUN) == 7
 
 

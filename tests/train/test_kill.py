@@ -1,6 +1,5 @@
 """kill -9 at random moments, again and again: the run that survives is the run that was never killed."""
 
-import io
 import os
 import random
 import signal
@@ -15,7 +14,7 @@ from standin import lines, train
 
 from vlmfast.train import latest_checkpoint
 
-STEPS, KILLS = 300, 20
+STEPS, KILLS = 300, 12
 
 
 def run(out: Path, save_every: int, kill_after_s: float | None = None) -> bool:
@@ -36,11 +35,14 @@ def run(out: Path, save_every: int, kill_after_s: float | None = None) -> bool:
 def scenario(out: Path) -> None:
     """One run that nobody kills; one that saves after each step, is killed again and again, and then left in peace."""
     torch.set_num_threads(1)  # a fork keeps no other thread
-    train(out / "warm", 1, stream=io.StringIO())  # what is imported on first use
+    train(out / "warm", 1)  # what is imported on first use
+    began = time.perf_counter()
+    train(out / "timed", 4, save_every=1)
+    some_steps_s = time.perf_counter() - began
     run(out / "straight", 0)
     moments = random.Random(0)
     for _ in range(KILLS):
-        killed = run(out / "killed", 1, moments.uniform(0.0, 0.3))
+        killed = run(out / "killed", 1, moments.uniform(0.0, 2 * some_steps_s))
         latest = latest_checkpoint(out / "killed/checkpoints")
         print(latest.name if killed and latest else killed)
     run(out / "killed", 100)
@@ -51,7 +53,7 @@ def test_killed_runs_end_as_the_one_that_was_not(tmp_path):
     told = subprocess.run([sys.executable, __file__, str(tmp_path)], capture_output=True, text=True, check=True)
     latest = told.stdout.split()
     assert "False" not in latest, "a run came to its end before its kill: take more STEPS"
-    assert len(set(latest)) > KILLS // 2, f"kills should come in the middle of things; after each: {latest}"
+    assert len(set(latest)) > 3, f"kills should come in the middle of things; after each: {latest}"
     for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
         straight, killed = (tmp_path / run / f"checkpoints/step_{STEPS:06d}" / name for run in ("straight", "killed"))
         assert killed.read_bytes() == straight.read_bytes()

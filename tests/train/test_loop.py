@@ -9,7 +9,7 @@ from standin import Towers, batches, lines, loss_fn, train
 from test_checkpoint import everything, same
 
 from vlmfast.errors import DataError
-from vlmfast.train import NonFiniteError, adamw, checkpoints, latest_checkpoint, read_metrics
+from vlmfast.train import NonFiniteError, adamw, checkpoints, latest_checkpoint, read_metrics, warmup_cosine
 
 
 def score(model):
@@ -63,6 +63,8 @@ def test_what_is_written_and_when(tmp_path):
     clock = {"samples_per_second", "data_time", "batch_time"}
     assert set(records[0]) == {"step"} | {f"train/{name}" for name in names | clock}
     assert last == {**records[-2], **records[-1]}
+    schedule = warmup_cosine(3e-3, 4, 20)
+    assert [r["train/lr"] for r in records if "train/lr" in r] == [schedule(3), schedule(7), schedule(10)]
     assert records[0]["train/samples_per_second"] == pytest.approx(12 / records[0]["train/batch_time"])
     assert records[0]["train/data_time"] <= records[0]["train/batch_time"]
 
