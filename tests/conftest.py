@@ -1,4 +1,4 @@
-"""What every test runs under: one thread, and unwritten memory that reads as NaN. And `backend`, each one in turn."""
+"""What every test runs under: one thread, and unwritten memory that reads as NaN; and the backends in turn."""
 
 import os
 
@@ -18,14 +18,23 @@ def _surroundings():
         yield
 
 
+def forced(name):
+    """A context in which every op runs on that backend; without it a skip, or a failure if VLMFAST_REQUIRE names it."""
+    if name not in available_backends():
+        required = name in os.environ.get("VLMFAST_REQUIRE", "").split(",")
+        (pytest.fail if required else pytest.skip)(f"backend {name!r} cannot run: {MISSING.get(name, 'unknown why')}")
+    return use_backend(name)
+
+
 @pytest.fixture(params=["reference", "cpu"])
 def backend(request):
     """The name of the backend that every op in the test runs on."""
-    name = request.param
-    if name not in available_backends():
-        required = name in os.environ.get("VLMFAST_REQUIRE", "").split(",")
-        (pytest.fail if required else pytest.skip)(
-            f"backend {name!r} cannot run: {MISSING.get(name, 'no reason known')}"
-        )
-    with use_backend(name):
-        yield name
+    with forced(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def cpu_backend():
+    """For what only the compiled kernels promise."""
+    with forced("cpu"):
+        yield "cpu"
