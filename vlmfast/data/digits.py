@@ -99,7 +99,11 @@ def all_captions(templates: Sequence[str] = TRAIN_TEMPLATES) -> list[str]:
 
 @functools.lru_cache(maxsize=1)
 def scans() -> tuple[Tensor, Tensor]:
-    """(images [1797, 3, 8, 8] uint8, labels [1797] int64): scikit-learn's, 0 .. 16 made 0 .. 255, grey as RGB."""
+    """(images [1797, 3, 8, 8] uint8, labels [1797] int64): scikit-learn's, 0 .. 16 made 0 .. 255, grey as RGB.
+
+    Raises:
+        MissingExtraError: scikit-learn is not installed.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,9 +14,7 @@ from vlmfast.data.batch import random_bits
 from vlmfast.data.skips import UnreadableError
 from vlmfast.errors import missing_extra
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
+Image = Any  # PIL.Image.Image; Pillow is imported where it is used
 Fit = Literal["crop", "squash", "random"]
 
 CROP_AREA = (0.9, 1.0)  # of a random crop, as a share of the image; open_clip's default
@@ -48,6 +46,7 @@ def load_image(
 
     Raises:
         UnreadableError: "empty file", "not an image", or "corrupt image".
+        MissingExtraError: Pillow is not installed.
     """
     image = decode_image(data, where)
     if size is not None:
@@ -60,6 +59,7 @@ def decode_image(data: bytes, where: object = "image") -> Image:
 
     Raises:
         UnreadableError: "empty file", "not an image", or "corrupt image".
+        MissingExtraError: Pillow is not installed.
     """
     try:
         import PIL.Image

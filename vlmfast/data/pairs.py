@@ -240,6 +240,7 @@ class WebdatasetPairs:
 
     Raises:
         DataError: no url, or a local tar that does not exist.
+        MissingExtraError: webdataset is not installed.
     """
 
     def __init__(

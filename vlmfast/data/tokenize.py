@@ -13,16 +13,13 @@ import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vlmfast.errors import DataError, missing_extra
-
-if TYPE_CHECKING:
-    import tokenizers
 
 PAD, START, END = "<pad>", "<start_of_text>", "<end_of_text>"
 SPECIAL = (
@@ -62,7 +59,7 @@ class Tokenizer:
 
     pad_id = 0
 
-    def __init__(self, inner: tokenizers.Tokenizer, context_length: int, *, clean: bool = True) -> None:
+    def __init__(self, inner: Any, context_length: int, *, clean: bool = True) -> None:
         from tokenizers.processors import TemplateProcessing
 
         if context_length < 2:
@@ -217,7 +214,7 @@ def _library() -> Any:
     return tokenizers
 
 
-def _openai_bpe(path: Path) -> tokenizers.Tokenizer:
+def _openai_bpe(path: Path) -> Any:
     """OpenAI's CLIP tokenizer from its list of merges: a header line, then two tokens a line."""
     library = _library()
     try:
