@@ -93,6 +93,13 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["tokenizer.json"]
 
 
+def test_hugging_faces_names_of_start_and_end_are_known(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    OURS.save(path)
+    path.write_text(path.read_text().replace(START, "<|startoftext|>").replace(END, "<|endoftext|>"))
+    assert torch.equal(load_tokenizer(path)(CAPTIONS), OURS(CAPTIONS))
+
+
 def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "tokenizer.json"
     OURS.save(path)

@@ -396,7 +396,8 @@ def _files_under(root: Path) -> list[str]:
 
     found = []
     for folder, _, names in os.walk(root, onerror=stop, followlinks=True):
-        found += [str((Path(folder) / name).relative_to(root)) for name in names]
+        inside = Path(folder).relative_to(root).as_posix()
+        found += names if inside == "." else [f"{inside}/{name}" for name in names]
     return sorted(found)
 
 
