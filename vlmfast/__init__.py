@@ -11,8 +11,9 @@ from vlmfast._version import __version__
 
 if TYPE_CHECKING:
     from vlmfast import backend, errors
-    from vlmfast.backend import available_backends, use_backend
+    from vlmfast.backend import use_backend
     from vlmfast.losses import ClipLoss, InfoNceLoss, SigLipLoss, VseLoss
+    from vlmfast.ops import available_backends
     from vlmfast.ops.hinge_loss import vse_loss
     from vlmfast.ops.sigmoid_loss import siglip_loss
     from vlmfast.ops.similarity import normalized_similarity, rank_counts, similarity_topk
@@ -38,8 +39,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "vlmfast.backend": ("available_backends", "use_backend"),
+    "vlmfast.backend": ("use_backend",),
     "vlmfast.losses": ("ClipLoss", "InfoNceLoss", "SigLipLoss", "VseLoss"),
+    "vlmfast.ops": ("available_backends",),
     "vlmfast.ops.hinge_loss": ("vse_loss",),
     "vlmfast.ops.sigmoid_loss": ("siglip_loss",),
     "vlmfast.ops.similarity": ("normalized_similarity", "rank_counts", "similarity_topk"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -19,4 +20,5 @@ def _load() -> tuple[ModuleType | None, str]:
     return _C, ""
 
 
+C: Any  # its functions come from csrc/python/bindings.cpp
 C, reason = _load()

@@ -28,7 +28,7 @@ def _known(name: str) -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Forces every op of this process inside the block to run on backend `name`, or to raise `BackendError` with the reason.
+    """Forces every op of this process, inside the block, onto backend `name`, or a `BackendError` with the reason.
 
     Args:
         name: one of "reference", "cpu", "triton", "cuda". The variable VLMFAST_BACKEND does the same for a process.
@@ -77,16 +77,3 @@ def select(op: str, impls: Mapping[str, ModuleType], device: torch.device, *args
 def explain(impls: Mapping[str, ModuleType], *args: Any) -> dict[str, str]:
     """Each backend's name -> "runs", or the reason why it cannot run this call."""
     return {name: impl.unsupported(*args) or "runs" for name, impl in impls.items()}
-
-
-def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
-    """The backends that can run a plain float32 `clip_loss` on `device`, best first."""
-    from vlmfast.ops.softmax_loss import IMPLS
-
-    device = torch.device(device)
-    sample = torch.empty(2, 8, device=device)
-    return tuple(
-        name
-        for name in PREFERENCE.get(device.type, ("reference",))
-        if name in IMPLS and IMPLS[name].unsupported(sample, sample) is None
-    )

@@ -329,8 +329,8 @@ def test_autocast_changes_nothing(backend):
 
 def test_opcheck(backend):
     image, text, _ = (v.requires_grad_() for v in pairs(5, 3))
-    torch.library.opcheck(_vse_loss, (image, text, 0.2, False, True, True, True, backend))
-    torch.library.opcheck(_vse_loss, (image.detach().half(), text, 0.2, True, False, False, True, backend))
+    torch.library.opcheck(_vse_loss.overload, (image, text, 0.2, False, True, True, True, backend))
+    torch.library.opcheck(_vse_loss.overload, (image.detach().half(), text, 0.2, True, False, False, True, backend))
 
 
 @hardness

@@ -292,10 +292,10 @@ def test_autocast_changes_nothing(backend):
 def test_opcheck(backend):
     image, text, scale = (v.requires_grad_() for v in pairs(5, 3))
     bias = torch.tensor(BIAS, requires_grad=True)
-    torch.library.opcheck(_siglip_loss, (image, text, scale, bias, True, True, True, True, backend))
+    torch.library.opcheck(_siglip_loss.overload, (image, text, scale, bias, True, True, True, True, backend))
     needs = (False, True, False)
     torch.library.opcheck(
-        _siglip_loss, (image.detach().half(), text, scale.detach(), bias.detach(), False, *needs, backend)
+        _siglip_loss.overload, (image.detach().half(), text, scale.detach(), bias.detach(), False, *needs, backend)
     )
 
 

@@ -362,11 +362,11 @@ def test_autocast_changes_nothing(backend):
 
 def test_opcheck(backend):
     query, items = (v.requires_grad_() for v in sides(5, 4, 3))
-    torch.library.opcheck(similarity._normalized_similarity, (query, items, True, backend))
-    torch.library.opcheck(similarity._normalized_similarity, (query.detach().half(), items, False, backend))
+    torch.library.opcheck(similarity._normalized_similarity.overload, (query, items, True, backend))
+    torch.library.opcheck(similarity._normalized_similarity.overload, (query.detach().half(), items, False, backend))
     plain = query.detach(), items.detach()
-    torch.library.opcheck(similarity._similarity_topk, (*plain, 2, True, backend))
-    torch.library.opcheck(similarity._rank_counts, (*plain, lists(5, 4, 3), True, backend))
+    torch.library.opcheck(similarity._similarity_topk.overload, (*plain, 2, True, backend))
+    torch.library.opcheck(similarity._rank_counts.overload, (*plain, lists(5, 4, 3), True, backend))
 
 
 def test_compiled_equals_eager(backend):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.backend import select
-from vlmfast.ops import _check
+from vlmfast.ops import _check, _library
 from vlmfast.ops._unit import accumulator
 from vlmfast.ops.hinge_loss import _cpu, reference
 
@@ -72,7 +72,7 @@ def vse_loss(
     return _vse_loss(image, text, float(margin), hardest, normalize, need_image, need_text, backend)[0]
 
 
-@torch.library.custom_op("vlmfast::vse_loss", mutates_args=())
+@_library.op("vse_loss")
 def _vse_loss(
     image: Tensor,
     text: Tensor,
@@ -83,8 +83,7 @@ def _vse_loss(
     need_text: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.autocast(image.device.type, enabled=False):
-        return IMPLS[backend].forward(image, text, margin, hardest, normalize, need_image, need_text)
+    return IMPLS[backend].forward(image, text, margin, hardest, normalize, need_image, need_text)
 
 
 @_vse_loss.register_fake

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.backend import select
-from vlmfast.ops import _check
+from vlmfast.ops import _check, _library
 from vlmfast.ops._unit import accumulator
 from vlmfast.ops.sigmoid_loss import _cpu, reference
 
@@ -77,7 +77,7 @@ def _number(op: str, name: str, value: Tensor | float, image: Tensor, text: Tens
     return value.to(acc).reshape(())
 
 
-@torch.library.custom_op("vlmfast::siglip_loss", mutates_args=())
+@_library.op("siglip_loss")
 def _siglip_loss(
     image: Tensor,
     text: Tensor,
@@ -89,10 +89,7 @@ def _siglip_loss(
     need_scalars: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(image.device.type, enabled=False):
-        return IMPLS[backend].forward(
-            image, text, logit_scale, logit_bias, normalize, need_image, need_text, need_scalars
-        )
+    return IMPLS[backend].forward(image, text, logit_scale, logit_bias, normalize, need_image, need_text, need_scalars)
 
 
 @_siglip_loss.register_fake

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlmfast.backend import select
 from vlmfast.errors import ShapeError
-from vlmfast.ops import _check
+from vlmfast.ops import _check, _library
 from vlmfast.ops._unit import accumulator
 from vlmfast.ops.similarity import _cpu, reference
 
@@ -156,10 +156,9 @@ def _checked(op: str, query: Tensor, items: Tensor, normalize: bool) -> str:
     return select(op, IMPLS, query.device, query, items)
 
 
-@torch.library.custom_op("vlmfast::normalized_similarity", mutates_args=())
+@_library.op("normalized_similarity")
 def _normalized_similarity(query: Tensor, items: Tensor, normalize: bool, backend: str) -> Tensor:
-    with torch.autocast(query.device.type, enabled=False):
-        return IMPLS[backend].forward(query, items, normalize)
+    return IMPLS[backend].forward(query, items, normalize)
 
 
 @_normalized_similarity.register_fake
@@ -167,7 +166,7 @@ def _(query, items, normalize, backend):
     return query.new_empty(len(query), len(items), dtype=accumulator(query, items))
 
 
-@torch.library.custom_op("vlmfast::normalized_similarity_backward", mutates_args=())
+@_library.op("normalized_similarity_backward")
 def _normalized_similarity_backward(
     grad: Tensor,  # [M, N]
     query: Tensor,
@@ -178,8 +177,7 @@ def _normalized_similarity_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     # .sum() hands over a gradient whose strides are 0.
-    with torch.autocast(query.device.type, enabled=False):
-        return IMPLS[backend].backward(grad.contiguous(), query, items, normalize, need_query, need_items)
+    return IMPLS[backend].backward(grad.contiguous(), query, items, normalize, need_query, need_items)
 
 
 @_normalized_similarity_backward.register_fake
@@ -204,10 +202,9 @@ def _backward(ctx, grad):
 _normalized_similarity.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("vlmfast::similarity_topk", mutates_args=())
+@_library.op("similarity_topk")
 def _similarity_topk(query: Tensor, items: Tensor, k: int, normalize: bool, backend: str) -> tuple[Tensor, Tensor]:
-    with torch.autocast(query.device.type, enabled=False):
-        return IMPLS[backend].topk(query, items, k, normalize)
+    return IMPLS[backend].topk(query, items, k, normalize)
 
 
 @_similarity_topk.register_fake
@@ -216,12 +213,11 @@ def _(query, items, k, normalize, backend):
     return values, torch.empty_like(values, dtype=torch.int64)
 
 
-@torch.library.custom_op("vlmfast::rank_counts", mutates_args=())
+@_library.op("rank_counts")
 def _rank_counts(
     query: Tensor, items: Tensor, positives: Tensor, normalize: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
-    with torch.autocast(query.device.type, enabled=False):
-        return IMPLS[backend].ranks(query, items, positives, normalize)
+    return IMPLS[backend].ranks(query, items, positives, normalize)
 
 
 @_rank_counts.register_fake
