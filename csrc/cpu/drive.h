@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <memory>
 #include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -58,18 +59,22 @@ class FlushDenormals {
   unsigned before_;
 };
 
-// f(thread) on `threads` threads, the caller's among them.
+// f(0), ..., f(threads - 1), each on its own thread as far as the system grants them, the rest on the caller's.
 template <class F>
 void on_threads(int threads, F f) {
   std::vector<std::thread> others;
-  for (int t = 1; t < threads; ++t)
-    others.emplace_back([&f, t] {
-      FlushDenormals flush;
-      f(t);
-    });
+  try {
+    while (int(others.size()) + 1 < threads)
+      others.emplace_back([&f, t = int(others.size()) + 1] {
+        FlushDenormals flush;
+        f(t);
+      });
+  } catch (const std::system_error&) {
+  }
   {
     FlushDenormals flush;
     f(0);
+    for (int t = int(others.size()) + 1; t < threads; ++t) f(t);
   }
   for (std::thread& other : others) other.join();
 }
@@ -127,6 +132,7 @@ void Sweep::run(F f) {
   const int64_t bands = (M + tile_m_ - 1) / tile_m_;
   std::vector<std::atomic<int64_t>> done(bands);  // columns finished in each band of rows
   for (auto& d : done) d.store(0, std::memory_order_relaxed);
+  std::atomic<int64_t> next{0};
   std::vector<Workspace> workspaces;
   workspaces.reserve(threads_);
   for (int t = 0; t < threads_; ++t)
@@ -134,7 +140,7 @@ void Sweep::run(F f) {
 
   on_threads(threads_, [&](int t) {
     const Workspace& w = workspaces[t];
-    for (int64_t band = t; band < bands; band += threads_) {
+    for (int64_t band; (band = next++) < bands;) {  // bands are taken in order, so the one above is never far
       const int64_t i0 = band * tile_m_, m = M - i0 < tile_m_ ? M - i0 : tile_m_;
       k_.pack_panels(pair_.x, D, x_inverse_, i0, m, k_.mr, w.x_panels);
       if (dy_) k_.pack_slices(pair_.x, D, x_inverse_, i0, m, k_.nr, w.x_slices);

@@ -20,7 +20,8 @@ static constexpr int64_t MR = 8, NR = 12;  // 24 sums + 3 + 1 in 32 registers
 #else
 static constexpr int64_t MR = 4, NR = 8;
 #endif
-static_assert(TILE_M / 2 % MR == 0 && TILE_N / 2 % MR == 0 && TILE_N / 2 % NR == 0, "tiles and their halves hold whole panels");
+static_assert(TILE_M / 2 % MR == 0 && TILE_N / 2 % MR == 0 && TILE_N / 2 % NR == 0,
+              "tiles and their halves hold whole panels");
 
 // FRESH: C = the product. CONTINUE: the chains of C go on. ADD: C += the product; C is fetched while it is computed.
 enum Start { FRESH, CONTINUE, ADD };

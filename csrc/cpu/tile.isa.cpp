@@ -1,4 +1,4 @@
-// From rows as users hold them to panels of unit rows, and from gradients of unit rows back.
+// What every walk over S does: rows as users hold them to panels of unit rows, tiles of products, and gradients back.
 #include "cpu/tile.h"
 
 namespace vlmfast {
