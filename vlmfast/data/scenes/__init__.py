@@ -1,0 +1,23 @@
+"""Procedural scenes with captions: worlds whose truth is known, in three levels of difficulty (docs/data.md)."""
+
+from vlmfast.data.scenes.captions import GRANULARITIES, caption, caption_id, claims, swapped
+from vlmfast.data.scenes.files import export
+from vlmfast.data.scenes.latents import LEVELS, SPLITS, Object, Scene
+from vlmfast.data.scenes.samples import Scenes, dataset, preview, stream
+
+__all__ = [
+    "GRANULARITIES",
+    "LEVELS",
+    "SPLITS",
+    "Object",
+    "Scene",
+    "Scenes",
+    "caption",
+    "caption_id",
+    "claims",
+    "dataset",
+    "export",
+    "preview",
+    "stream",
+    "swapped",
+]
