@@ -188,6 +188,20 @@ def test_a_plain_list_is_a_data_set():
     assert torch.equal(batch.ids, batch.index // 2)
 
 
+def test_a_set_that_reads_many_at_once_is_asked_once_a_batch():
+    class Together(list):
+        asked = ()
+
+        def __getitems__(self, indices):
+            self.asked += (len(indices),)
+            return [self[index] for index in indices]
+
+    samples = [sample(i) for i in range(14)]
+    together = Together(samples)
+    assert same(first(3, together), first(3, samples))
+    assert together.asked == (4, 4, 4)
+
+
 def test_images_of_two_sizes_in_one_batch_are_named():
     odd = Sample(torch.zeros(3, 5, 2, dtype=torch.uint8), "1 1", 0)
     with pytest.raises(ShapeError, match=r"one shape; got \(3, 2, 2\) \(sample 0\), \(3, 5, 2\) \(sample 7\)"):

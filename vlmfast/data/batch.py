@@ -60,6 +60,7 @@ class MapDataset(Protocol):
 
     If it also has `draw(index, seed, epoch) -> Sample | None`, that is called instead of `dataset[index]`: randomness
     (crop, template) comes from the three numbers, and None says that the sample is unreadable and has been counted.
+    Else, if it has `__getitems__(indices) -> list[Sample]`, a batch is read by one call of it.
     """
 
     def __len__(self) -> int: ...
@@ -209,6 +210,7 @@ def _map_batches(
             f"batches: the data set has {n} samples, too few for a batch of {batch_size}; use a smaller one"
         )
     draw = getattr(dataset, "draw", lambda index, seed, epoch: dataset[index])
+    together = None if hasattr(dataset, "draw") else getattr(dataset, "__getitems__", None)
 
     @functools.lru_cache(maxsize=2)  # the current epoch, and the next where workers read ahead
     def order(epoch: int) -> np.ndarray:
@@ -217,7 +219,8 @@ def _map_batches(
     def batch_at(step: int) -> Batch | None:
         epoch, place = divmod(step, per_epoch)
         indices = order(epoch)[place * batch_size : (place + 1) * batch_size].tolist()
-        rows = {index: draw(index, seed, epoch) for index in indices}
+        samples = together(indices) if together else (draw(index, seed, epoch) for index in indices)
+        rows = dict(zip(indices, samples, strict=True))
         if shuffle:
             _redraw(rows, lambda index: draw(index, seed, epoch), n, seed, step)
         rows = {index: sample for index, sample in rows.items() if sample is not None}
