@@ -1,0 +1,1 @@
+"""What each command does, in the file of its name: a dataclass `Config`, whose fields are flags, and `run(config)`."""

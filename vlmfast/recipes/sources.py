@@ -1,0 +1,177 @@
+"""The flags that say where pairs come from, and what they open."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmfast.data import digits, scenes
+from vlmfast.data.batch import Sample, random_bits
+from vlmfast.data.images import Fit
+from vlmfast.data.pairs import CsvPairs, FolderPairs, WebdatasetPairs
+from vlmfast.data.scenes.samples import read
+from vlmfast.errors import DataError
+from vlmfast.models import ClipConfig
+
+DatasetType = Literal["digits", "scenes", "folder", "csv", "webdataset"]
+Split = Literal["train", "val", "test"]
+Level = Literal["L0", "L1", "L2"]
+SceneSplit = Literal["train", "val", "test", "comp-test", "style-test"]
+Granularity = Literal["word", "phrase", "sentence", "multi-sentence", "paragraph", "mixed"]
+
+CAPTIONS = 20_000  # captions that a tokenizer is trained on, where they are read from a data set
+NUDGED_SHARE = 0.3  # of the training scans, moved by up to one pixel
+
+
+@dataclass(kw_only=True)
+class DataFlags:
+    """What kind of data it is, and how a CSV file is laid out."""
+
+    dataset_type: DatasetType = "digits"
+    """digits (real scans, which come with scikit-learn), scenes (made here, without end), folder, csv or webdataset."""
+    csv_img_key: str = "filepath"
+    """CSV: column with the image's path."""
+    csv_caption_key: str = "title"
+    """CSV: column with the caption."""
+    csv_separator: str = "\t"
+    """CSV: one character."""
+
+
+def open_pairs(flags: DataFlags, where: str, split: Split, image_size: int, size: int | None = None) -> Any:
+    """The data set that the flags name, as `vlmfast.data.batches` takes it.
+
+    Args:
+        flags: the kind of data.
+        where: path, pattern of tars or file; the level of scenes (default L1); not looked at for digits.
+        split: "train" reads digits and images with small random changes; digits and scenes know "val" and "test".
+        image_size: pixels a side, as the model takes them.
+        size: how many scenes; default: 100 000 to train, 5 000 else.
+    Raises:
+        DataError: a path is needed and missing, or what it names cannot be read.
+    """
+    fit: Fit = "random" if split == "train" else "crop"
+    if flags.dataset_type == "digits":
+        if image_size != 8:
+            raise DataError(f"the digits are 8 x 8 pixels and the model takes {image_size}; use --model digits")
+        scans = digits.digits(split)
+        return Nudged(scans) if split == "train" else scans
+    if flags.dataset_type == "scenes":
+        return scenes.dataset(where or "L1", split, size, image_size)
+    if not where:
+        flag = "--train-data" if split == "train" else "--val-data"
+        raise DataError(f"--dataset-type {flags.dataset_type} needs {flag} with a path")
+    if flags.dataset_type == "folder":
+        return FolderPairs(where, image_size=image_size, fit=fit)
+    if flags.dataset_type == "csv":
+        separator = flags.csv_separator.replace("\\t", "\t")  # what a shell makes of '\t'
+        if len(separator) != 1:
+            raise DataError(f"--csv-separator must be one character; got {flags.csv_separator!r}")
+        return CsvPairs(
+            where,
+            image_key=flags.csv_img_key,
+            caption_key=flags.csv_caption_key,
+            separator=separator,
+            image_size=image_size,
+            fit=fit,
+        )
+    return WebdatasetPairs(where, image_size=image_size, fit=fit)
+
+
+def image_side(config: ClipConfig) -> int:
+    """Pixels a side of the model's square images.
+
+    Raises:
+        DataError: the model takes images that are not square, which the readers do not make.
+    """
+    size = config.vision_cfg.image_size
+    if not isinstance(size, int):
+        raise DataError(f"the readers make square images; this model takes {size}. Give it one image_size")
+    return size
+
+
+def captions(dataset: Any) -> list[str]:
+    """Captions to train a tokenizer on: all that the templates make for digits, else the first 20 000.
+
+    Args:
+        dataset: what `open_pairs` returned.
+    """
+    if isinstance(dataset, Nudged):
+        return digits.all_captions()
+    if isinstance(dataset, scenes.Scenes):  # without drawing them
+        latents = dataset.latents(range(min(len(dataset), CAPTIONS)))
+        return [read(latents.scene(row), dataset.granularity)[0] for row in range(len(latents))]
+    return [sample.text for sample in islice(readable(dataset), CAPTIONS)]
+
+
+def readable(dataset: Any) -> Iterator[Sample]:
+    """The samples of `dataset` in its own order, without those that cannot be read (it counts them)."""
+    if hasattr(dataset, "records"):
+        yield from dataset
+        return
+    draw: Callable[[int, int, int], Sample | None] = getattr(dataset, "draw", lambda index, seed, epoch: dataset[index])
+    for index in range(len(dataset)):
+        if (sample := draw(index, 0, 0)) is not None:
+            yield sample
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; for "auto" the GPU, where there is one.
+
+    Args:
+        name: cpu, cuda, cuda:1, ... or auto.
+    Raises:
+        DataError: there is no such device.
+    """
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise DataError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
+def tell_skipped(dataset: Any) -> None:
+    """Prints, on stderr, what of the data set could not be read and was left out, if anything.
+
+    Args:
+        dataset: what `open_pairs` returned.
+    """
+    if line := getattr(dataset, "describe_skipped", str)():
+        print(line, file=sys.stderr)
+
+
+def nudge(image: Tensor, right: int, down: int) -> Tensor:
+    """[C, H, W]: the image moved by `right` and `down` pixels, each -1, 0 or 1; what comes in is black."""
+    H, W = image.shape[1:]
+    return F.pad(image, (1, 1, 1, 1))[:, 1 - down : 1 - down + H, 1 - right : 1 - right + W]
+
+
+class Nudged:
+    """The digits with some scans moved by up to one pixel, chosen by (seed, epoch, index).
+
+    1168 scans of 64 pixels are soon learned by heart: without this the model stops at about 95 % on unseen scans.
+    """
+
+    def __init__(self, scans: digits.Digits) -> None:
+        self.scans = scans
+
+    def __len__(self) -> int:
+        return len(self.scans)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.draw(index, 0, 0)
+
+    def draw(self, index: int, seed: int, epoch: int) -> Sample:
+        """The sample at a place, moved or not as (seed, epoch, index) say."""
+        sample = self.scans.draw(index, seed, epoch)
+        chance, right, down = random_bits(seed, epoch, index, np.arange(3)).tolist()
+        if chance >= NUDGED_SHARE * 2**64:
+            return sample
+        return Sample(nudge(sample.image, right % 3 - 1, down % 3 - 1), sample.text, sample.id)

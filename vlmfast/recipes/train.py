@@ -1,0 +1,298 @@
+"""`vlmfast train`: a CLIP from a data set, or from where an earlier run stopped.
+
+A run's folder, logs/NAME:
+    flags.json               the command's flags
+    open_clip_config.json    the model, in open_clip's format
+    tokenizer.json           trained on the captions, or the one that --tokenizer names
+    metrics.jsonl            one line every --log-every-n-steps, keys as open_clip's
+    checkpoints/             see vlmfast/train/checkpoint.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from vlmfast.data.batch import Batch, batches, steps_per_epoch
+from vlmfast.data.tokenize import Tokenizer, load_tokenizer, train_tokenizer
+from vlmfast.errors import DataError
+from vlmfast.models import Clip, ClipConfig, build_clip, load_config
+from vlmfast.ops.sigmoid_loss import siglip_loss
+from vlmfast.ops.softmax_loss import clip_loss, info_nce_loss
+from vlmfast.recipes.eval import MODEL_FILE, TOKENIZER_FILE, evaluators
+from vlmfast.recipes.sources import DataFlags, captions, image_side, open_pairs, pick_device, tell_skipped
+from vlmfast.train import adamw, fit, warmup_constant, warmup_cosine
+from vlmfast.train.checkpoint import replace_text
+from vlmfast.train.loop import Evaluator
+from vlmfast.train.schedule import Schedule
+from vlmfast.train.step import LossFn
+
+FLAGS_FILE = "flags.json"
+SIGLIP_SCALE, SIGLIP_BIAS = math.log(10), -10.0  # Zhai et al. 2023, where the sigmoid loss starts
+
+
+@dataclass(kw_only=True)
+class Config(DataFlags):
+    """Trains a CLIP and leaves weights, tokenizer and metrics in logs/NAME.
+
+    For example:
+        vlmfast train --name digits --epochs 32
+        vlmfast train --name digits --epochs 64 --resume latest
+        vlmfast train --dataset-type csv --train-data pairs.tsv --val-data held_out.tsv --model CLIP-tiny --epochs 10
+        vlmfast train --dataset-type scenes --train-data L0 --name scenes --epochs 2
+        vlmfast train --dataset-type webdataset --train-data 'cc3m/{00000..00331}.tar' --train-num-samples 2900000
+
+    The flags have open_clip's names, where it has them, and their meaning; the defaults fit one small machine.
+    """
+
+    train_data: str = ""
+    """Folder, CSV file, tars ("cc3m/{000..331}.tar", several joined by "::"), or level of scenes; digits need none."""
+    val_data: str = ""
+    """The same for evaluation; digits and scenes have their own."""
+    train_num_samples: int | None = None
+    """Samples in the tars, which only a whole reading would count; or how many scenes (default: 100 000)."""
+    val_num_samples: int = 1000
+    """How many scenes are evaluated."""
+    model: str = ""
+    """A released ViT's name, or a .json in open_clip's format. Default: digits for digits, else CLIP-tiny."""
+    tokenizer: str = ""
+    """A tokenizer.json, or OpenAI's bpe_simple_vocab_16e6.txt.gz. Default: train one on the captions."""
+    batch_size: int = 128
+    """Pairs a step."""
+    epochs: int = 32
+    """Passes over the data."""
+    steps: int | None = None
+    """Length of the run in steps, instead of --epochs."""
+    lr: float = 1.5e-3
+    """Highest learning rate."""
+    beta1: float = 0.9
+    """AdamW."""
+    beta2: float = 0.98
+    """AdamW."""
+    eps: float = 1e-6
+    """AdamW."""
+    wd: float = 0.2
+    """Weight decay; gains, biases, positions and the scale take none."""
+    warmup: int = 20
+    """Steps in which the learning rate rises."""
+    lr_scheduler: Literal["cosine", "const"] = "cosine"
+    """What the learning rate does after."""
+    precision: Literal["fp32", "amp_bf16"] = "fp32"
+    """amp_bf16: bfloat16 autocast."""
+    grad_clip_norm: float | None = None
+    """Longest gradient, all parameters together."""
+    siglip: bool = False
+    """SigLIP's pairwise sigmoid loss instead of CLIP's softmax."""
+    positives: Literal["out", "in", "soft", "pair"] = "out"
+    """Softmax: how samples of one id (a digit's class, an image's captions) count for each other. out and soft: by the
+    mean of their log-probabilities; in: by the log of their summed probability; pair: not at all, as in CLIP."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one."""
+    workers: int = 0
+    """Threads that prepare batches ahead."""
+    seed: int = 0
+    """Of weights, order and random changes of images."""
+    logs: Path = Path("logs")
+    """Where runs are kept."""
+    name: str = ""
+    """The run's folder in --logs. Default: the time and the model."""
+    resume: str | None = None
+    """latest, or a checkpoint's path: go on from there, to the same bits as a run that never stopped."""
+    save_frequency: float = 1.0
+    """Epochs between two checkpoints; 0 for the last step only, as for the next."""
+    val_frequency: float = 1.0
+    """Epochs between two evaluations."""
+    log_every_n_steps: int = 10
+    """Steps between two lines of metrics."""
+    report_to: Literal["", "tensorboard"] = ""
+    """tensorboard: write event files too."""
+    json: bool = False
+    """Print the last value of every metric as one JSON object."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    folder: Path
+    model: Clip
+    tokenizer: Tokenizer
+    last: dict[str, float]  # the last value of every metric
+
+
+def run(config: Config) -> None:
+    """Trains, and prints where the run lies and its last metrics.
+
+    Args:
+        config: the flags.
+    Raises:
+        DataError: as `train` says.
+    """
+    done = train(config)
+    if config.json:
+        print(json.dumps({"folder": str(done.folder), **done.last}))
+        return
+    for name, value in done.last.items():
+        print(f"{name:<40} {value:.6g}")
+    print(f"{done.folder}: evaluate it with vlmfast eval --pretrained {done.folder}")
+
+
+def train(config: Config) -> Run:
+    """The run that the flags describe, finished.
+
+    Args:
+        config: the flags.
+    Raises:
+        DataError: data, model, tokenizer or checkpoint are missing, not whole, or do not fit each other.
+    """
+    if config.batch_size < 1 or (config.epochs if config.steps is None else config.steps) < 1:
+        raise DataError("--batch-size, --epochs and --steps must be at least 1")
+    folder = _folder(config)
+    architecture = load_config(_model_name(config))
+    image_size = image_side(architecture)
+    dataset = open_pairs(config, config.train_data, "train", image_size, config.train_num_samples)
+    tokenizer = _tokenizer(config, architecture, folder, dataset)
+    architecture = _fitted(config, architecture, tokenizer)
+    model = build_clip(architecture, seed=config.seed).to(pick_device(config.device))
+    samples = _samples(config, dataset)
+    per_epoch = steps_per_epoch(samples, config.batch_size)
+    if per_epoch == 0:
+        raise DataError(f"--batch-size {config.batch_size} is more than the {samples} training samples")
+    steps = config.steps or config.epochs * per_epoch
+    schedule = _schedule(config, steps)
+    held_out = _evaluators(config, tokenizer, image_size)
+    _write(folder, config, architecture, tokenizer)
+    last = fit(
+        model,
+        contrastive(config),
+        partial(_stream, config, dataset, tokenizer),
+        adamw(model, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.wd),
+        schedule,
+        steps=steps,
+        out=folder,
+        evaluators=held_out,
+        log_every=config.log_every_n_steps,
+        save_every=math.ceil(config.save_frequency * per_epoch),
+        eval_every=math.ceil(config.val_frequency * per_epoch),
+        resume=config.resume,
+        precision=config.precision,
+        grad_clip_norm=config.grad_clip_norm,
+        seed=config.seed,
+        run={
+            "model": architecture.to_dict(),
+            "loss": "siglip" if config.siglip else config.positives,
+            "batch_size": config.batch_size,
+            "data": [config.dataset_type, config.train_data],
+        },
+        tensorboard=config.report_to == "tensorboard",
+    )
+    tell_skipped(dataset)
+    return Run(folder, model, tokenizer, last)
+
+
+def contrastive(config: Config) -> LossFn:
+    """The loss that the flags name, of a model and a batch.
+
+    Args:
+        config: `siglip` and `positives`.
+    Returns: (model, batch) -> {"contrastive_loss": []}.
+    """
+
+    def loss(model: Any, batch: Batch) -> dict[str, Tensor]:
+        image, text, scale = model.encode_image(batch.image), model.encode_text(batch.text), model.logit_scale.exp()
+        if config.siglip:
+            value = siglip_loss(image, text, scale, model.logit_bias)
+        elif config.positives == "pair":
+            value = clip_loss(image, text, scale)
+        else:
+            value = info_nce_loss(
+                image,
+                text,
+                scale,
+                query_ids=batch.ids,
+                key_ids=batch.ids,
+                positives=config.positives,
+                directions="both",
+            )
+        return {"contrastive_loss": value}
+
+    return loss
+
+
+def _folder(config: Config) -> Path:
+    """The run's folder, which holds no other run."""
+    if config.resume == "latest" and not config.name:
+        raise DataError("--resume latest needs the --name of the run to go on with")
+    folder = config.logs / (config.name or f"{datetime.now():%Y_%m_%d-%H_%M_%S}-{Path(_model_name(config)).stem}")
+    if config.resume is None and (folder / FLAGS_FILE).exists():
+        raise DataError(f"{folder} already holds a run; go on with it by --resume latest, or choose another --name")
+    return folder
+
+
+def _model_name(config: Config) -> str:
+    return config.model or ("digits" if config.dataset_type == "digits" else "CLIP-tiny")
+
+
+def _tokenizer(config: Config, architecture: ClipConfig, folder: Path, dataset: Any) -> Tokenizer:
+    """The tokenizer that is named, the one of the run that goes on, or a new one trained on the captions."""
+    text = architecture.text_cfg
+    resumed = folder if config.resume == "latest" else Path(config.resume).parent.parent if config.resume else None
+    path = Path(config.tokenizer) if config.tokenizer else resumed / TOKENIZER_FILE if resumed else None
+    if path is not None and (config.tokenizer or path.exists()):
+        return load_tokenizer(path, text.context_length)
+    return train_tokenizer(captions(dataset), text.vocab_size, text.context_length)
+
+
+def _fitted(config: Config, architecture: ClipConfig, tokenizer: Tokenizer) -> ClipConfig:
+    """The model with the tokenizer's vocabulary, and with the start that the sigmoid loss needs."""
+    architecture = architecture.with_text(vocab_size=tokenizer.vocab_size, context_length=tokenizer.context_length)
+    if config.siglip and architecture.init_logit_bias is None:
+        return replace(architecture, init_logit_scale=SIGLIP_SCALE, init_logit_bias=SIGLIP_BIAS)
+    return architecture
+
+
+def _samples(config: Config, dataset: Any) -> int:
+    if not hasattr(dataset, "records"):
+        return len(dataset)
+    if config.train_num_samples is None:
+        raise DataError("--dataset-type webdataset needs --train-num-samples: only a whole reading would count them")
+    return config.train_num_samples
+
+
+def _stream(config: Config, dataset: Any, tokenizer: Tokenizer, start_step: int) -> Iterator[Batch]:
+    return batches(
+        dataset, tokenizer, config.batch_size, seed=config.seed, start_step=start_step, workers=config.workers
+    )
+
+
+def _schedule(config: Config, steps: int) -> Schedule:
+    if config.lr_scheduler == "const":
+        return warmup_constant(config.lr, config.warmup)
+    if config.warmup >= steps:
+        raise DataError(f"--warmup {config.warmup} must be less than the run's {steps} steps")
+    return warmup_cosine(config.lr, config.warmup, steps)
+
+
+def _evaluators(config: Config, tokenizer: Tokenizer, image_size: int) -> dict[str, Evaluator]:
+    """Scores on the validation data, where there is any."""
+    where = config.val_data or (config.train_data if config.dataset_type == "scenes" else "")
+    if config.dataset_type not in ("digits", "scenes") and not where:
+        return {}
+    return evaluators(tokenizer, open_pairs(config, where, "val", image_size, config.val_num_samples))
+
+
+def _write(folder: Path, config: Config, architecture: ClipConfig, tokenizer: Tokenizer) -> None:
+    """What `vlmfast eval` and a reader need beside the weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
+    replace_text(folder / FLAGS_FILE, json.dumps(flags, indent=1) + "\n")
+    replace_text(folder / MODEL_FILE, json.dumps(architecture.to_dict(), indent=1) + "\n")
+    tokenizer.save(folder / TOKENIZER_FILE)
