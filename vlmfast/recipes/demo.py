@@ -121,7 +121,7 @@ def digits_clip(folder: Path, steps: int = 500, batch_size: int = 128, seed: int
         steps=steps,
         batch_size=batch_size,
         seed=seed,
-        lr=2e-3,
+        lr=1.5e-3,
         beta2=0.95,
         wd=0.05,
         warmup=steps // 5,
