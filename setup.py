@@ -21,7 +21,7 @@ class CMakeBuild(build_ext):
         failure.unlink(missing_ok=True)
         try:
             self._cmake(target.parent)
-        except (OSError, subprocess.CalledProcessError) as error:
+        except (OSError, ImportError, subprocess.CalledProcessError) as error:
             target.parent.mkdir(parents=True, exist_ok=True)
             output = getattr(error, "output", None) or str(error)
             failure.write_text("the build failed: " + output[-2000:])
@@ -37,7 +37,6 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={destination}",
-            f"-DVLMFAST_CUDA={'ON' if os.environ.get('VLMFAST_CUDA') == '1' else 'OFF'}",
         ]  # fmt: skip
         if shutil.which("ninja"):
             configure += ["-G", "Ninja"]

@@ -30,9 +30,6 @@ FlushDenormals::FlushDenormals() : before_(0) {}
 FlushDenormals::~FlushDenormals() { (void)before_; }
 #endif
 
-Sweep::Workspace::Workspace(int64_t rows, int64_t D, bool slices)
-    : x_panels(rows * D), x_slices(slices ? rows * round_up(D, kernels().nr) : 0), s(rows * TILE_LD, 0.0f) {}
-
 // Large tiles do fewer passes over what they add to; half of it where S would have too few tiles to share out.
 static int64_t tile_size(int64_t n, int64_t most) { return n >= 16 * most ? most : most / 2; }
 
@@ -51,11 +48,12 @@ Sweep::Sweep(const Pair& pair, float* dx, float* dy)
       dy_(dy),
       tile_m_(tile_size(pair.x.rows, TILE_M)),
       tile_n_(tile_size(pair.y.rows, TILE_N)),
+      streamed_(pair.x.rows <= tile_m_),
       threads_(useful_threads(pair, tile_m_)),
       x_inverse_(pair.x.rows),
       y_inverse_(pair.y.rows),
-      y_panels_(round_up(pair.y.rows, k_.nr) * pair.D),
-      y_slices_(dx ? pair.y.rows * round_up(pair.D, k_.nr) : 0) {
+      y_panels_(round_up(streamed_ ? tile_n_ : pair.y.rows, k_.nr) * pair.D),
+      y_slices_(dx ? (streamed_ ? tile_n_ : pair.y.rows) * round_up(pair.D, k_.nr) : 0) {
   const int64_t M = pair.x.rows, N = pair.y.rows, D = pair.D;
   if (dx) std::memset(dx, 0, size_t(M * D) * sizeof(float));
   if (dy) std::memset(dy, 0, size_t(N * D) * sizeof(float));
@@ -64,12 +62,14 @@ Sweep::Sweep(const Pair& pair, float* dx, float* dy)
   });
   in_ranges(threads_, N, tile_n_, [&](int64_t begin, int64_t end) {
     k_.inverse_lengths(pair_.y, D, pair_.normalize, begin, end, y_inverse_);
-    for (int64_t j0 = begin; j0 < end; j0 += tile_n_) {
-      const int64_t n = end - j0 < tile_n_ ? end - j0 : tile_n_;
-      k_.pack_panels(pair_.y, D, y_inverse_, j0, n, k_.nr, y_panels_ + j0 * D);
-      if (dx_) k_.pack_slices(pair_.y, D, y_inverse_, j0, n, k_.nr, y_slices_ + j0 * round_up(D, k_.nr));
-    }
+    for (int64_t j0 = begin; j0 < end && !streamed_; j0 += tile_n_) pack_y(j0, end - j0 < tile_n_ ? end - j0 : tile_n_);
   });
+}
+
+void Sweep::pack_y(int64_t j0, int64_t n) {
+  const int64_t D = pair_.D;
+  k_.pack_panels(pair_.y, D, y_inverse_, j0, n, k_.nr, y_panels_ + at(j0) * D);
+  if (dx_) k_.pack_slices(pair_.y, D, y_inverse_, j0, n, k_.nr, y_slices_ + at(j0) * round_up(D, k_.nr));
 }
 
 double Sweep::finish(float scale) {

@@ -63,6 +63,7 @@ class FlushDenormals {
 template <class F>
 void on_threads(int threads, F f) {
   std::vector<std::thread> others;
+  others.reserve(threads);
   try {
     while (int(others.size()) + 1 < threads)
       others.emplace_back([&f, t = int(others.size()) + 1] {
@@ -82,6 +83,7 @@ void on_threads(int threads, F f) {
 // f(begin, end) over [0, n) cut into one range a thread, each beginning at a multiple of `step`.
 template <class F>
 void in_ranges(int threads, int64_t n, int64_t step, F f) {
+  if (n == 0) return;
   const int64_t steps = (n + step - 1) / step;
   if (threads > steps) threads = int(steps);
   on_threads(threads, [&](int t) {
@@ -114,14 +116,17 @@ class Sweep {
 
  private:
   struct Workspace {
-    Workspace(int64_t rows, int64_t D, bool slices);
     Scratch<float> x_panels, x_slices, s;
   };
+
+  void pack_y(int64_t j0, int64_t n);
+  int64_t at(int64_t j0) const { return streamed_ ? 0 : j0; }  // where the columns from j0 lie in the packed y
 
   Pair pair_;
   const Kernels& k_;
   float *dx_, *dy_;
   int64_t tile_m_, tile_n_;
+  bool streamed_;  // a single band of rows meets each column once: y is packed a tile at a time, in cache
   int threads_;
   Scratch<float> x_inverse_, y_inverse_, y_panels_, y_slices_;
 };
@@ -135,8 +140,10 @@ void Sweep::run(F f) {
   std::atomic<int64_t> next{0};
   std::vector<Workspace> workspaces;
   workspaces.reserve(threads_);
+  const int64_t rows = round_up(M < tile_m_ ? M : tile_m_, k_.mr);
   for (int t = 0; t < threads_; ++t)
-    workspaces.emplace_back(round_up(M < tile_m_ ? M : tile_m_, k_.mr), D, dy_ != nullptr);
+    workspaces.push_back({Scratch<float>(rows * D), Scratch<float>(dy_ ? rows * round_up(D, k_.nr) : 0),
+                          Scratch<float>(rows * TILE_LD, 0.0f)});
 
   on_threads(threads_, [&](int t) {
     const Workspace& w = workspaces[t];
@@ -146,12 +153,13 @@ void Sweep::run(F f) {
       if (dy_) k_.pack_slices(pair_.x, D, x_inverse_, i0, m, k_.nr, w.x_slices);
       for (int64_t j0 = 0; j0 < N; j0 += tile_n_) {
         const Tile tile = {i0, j0, m, N - j0 < tile_n_ ? N - j0 : tile_n_, w.s};
-        k_.similarity(w.x_panels, y_panels_ + j0 * D, D, tile);
+        if (streamed_) pack_y(j0, tile.n);
+        k_.similarity(w.x_panels, y_panels_ + at(j0) * D, D, tile);
         if (band > 0)
           for (int spins = 0; done[band - 1].load(std::memory_order_acquire) < j0 + tile.n; ++spins)
             if (spins > 1000) std::this_thread::yield();
         f(tile);
-        if (dx_ || dy_) k_.accumulate(tile, w.x_slices, y_slices_ + j0 * round_up(D, k_.nr), D, dx_, dy_);
+        if (dx_ || dy_) k_.accumulate(tile, w.x_slices, y_slices_ + at(j0) * round_up(D, k_.nr), D, dx_, dy_);
         done[band].store(j0 + tile.n, std::memory_order_release);
       }
     }

@@ -30,8 +30,7 @@ namespace VLMFAST_ISA {
 
 // transpose(v) turns W vectors, the rows of a square, into its columns.
 //
-// In max(a, b) and min(a, b) a NaN in `a` yields `b`, and a NaN in `b` yields `b`: max(v, running) skips NaN,
-// max(bound, v) keeps it.
+// In max(a, b) a NaN in either yields `b`: max(v, running) skips NaN, max(bound, v) keeps it.
 
 #if VLMFAST_ISA_ID == VLMFAST_AVX512
 
@@ -47,7 +46,6 @@ static inline V mul(V a, V b) { return _mm512_mul_ps(a, b); }
 static inline V div(V a, V b) { return _mm512_div_ps(a, b); }
 static inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 static inline V max(V a, V b) { return _mm512_max_ps(a, b); }
-static inline V min(V a, V b) { return _mm512_min_ps(a, b); }
 static inline V abs(V a) { return _mm512_abs_ps(a); }
 static inline V round(V a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline V scale2(V a, V n) { return _mm512_scalef_ps(a, n); }
@@ -101,7 +99,6 @@ static inline V mul(V a, V b) { return _mm256_mul_ps(a, b); }
 static inline V div(V a, V b) { return _mm256_div_ps(a, b); }
 static inline V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
 static inline V max(V a, V b) { return _mm256_max_ps(a, b); }
-static inline V min(V a, V b) { return _mm256_min_ps(a, b); }
 static inline V abs(V a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 static inline V round(V a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // a * 2^n for n in [-127, 127]; n = -127 gives 0.
@@ -155,7 +152,6 @@ static inline V mul(V a, V b) { return vmulq_f32(a, b); }
 static inline V div(V a, V b) { return vdivq_f32(a, b); }
 static inline V fma(V a, V b, V c) { return vfmaq_f32(c, a, b); }
 static inline V max(V a, V b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
-static inline V min(V a, V b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
 static inline V abs(V a) { return vabsq_f32(a); }
 static inline V round(V a) { return vrndnq_f32(a); }
 static inline V scale2(V a, V n) {
@@ -195,7 +191,6 @@ static inline V mul(V a, V b) { return a * b; }
 static inline V div(V a, V b) { return a / b; }
 static inline V fma(V a, V b, V c) { return a * b + c; }
 static inline V max(V a, V b) { return a > b ? a : b; }
-static inline V min(V a, V b) { return a < b ? a : b; }
 static inline V abs(V a) { return fabsf(a); }
 static inline V round(V a) { return nearbyintf(a); }
 static inline V scale2(V a, V n) {

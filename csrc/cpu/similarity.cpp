@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -23,20 +24,17 @@ void similarity_topk(const Pair& pair, int64_t k, float* values, int64_t* indice
   for (int64_t i = 0; i < M; ++i) kernels().topk_sort(k, values + i * k, indices + i * k);
 }
 
-// Whether entry p of a query's list is an item, and one not named before it.
-static bool is_new_positive(const int64_t* list, int64_t p) {
-  for (int64_t q = 0; q < p; ++q)
-    if (list[q] == list[p]) return false;
-  return list[p] >= 0;
-}
-
 void rank_counts(const Pair& pair, const int64_t* positives, int64_t P, int64_t* above, int64_t* ties) {
   const int64_t M = pair.x.rows;
   Sweep sweep(pair, nullptr, nullptr);
-  std::vector<int64_t> queries, items;
-  for (int64_t i = 0; i < M; ++i)
-    for (int64_t p = 0; p < P; ++p)
-      if (is_new_positive(positives + i * P, p)) queries.push_back(i), items.push_back(positives[i * P + p]);
+  std::vector<int64_t> queries, items, own;
+  for (int64_t i = 0; i < M; ++i) {
+    own.assign(positives + i * P, positives + (i + 1) * P);
+    std::sort(own.begin(), own.end());
+    own.erase(std::unique(own.begin(), own.end()), own.end());  // an item named twice is one item
+    for (int64_t item : own)
+      if (item >= 0) queries.push_back(i), items.push_back(item);
+  }
   std::vector<float> scores(queries.size());
   sweep.dots(queries.data(), items.data(), int64_t(queries.size()), scores.data());
 

@@ -40,9 +40,8 @@ static double close(const SoftmaxCall& call, const SoftmaxSide& side, Side& stat
   double loss = 0;
   for (int64_t i = 0; i < n; ++i) {
     const double reference = stats.reference[i], log_total = std::log2(stats.total[i]);
-    side.lse[i] = float((reference + log_total) * LN2);
-    if (call.form == IN)
-      side.positive_lse[i] = float((stats.positive_reference[i] + std::log2(stats.positive[i])) * LN2);
+    side.lse[i] = (reference + log_total) * LN2;
+    if (call.form == IN) side.positive_lse[i] = (stats.positive_reference[i] + std::log2(stats.positive[i])) * LN2;
     if (side.weight[i] == 0.0f && std::isfinite(side.lse[i])) continue;  // no positive: no term
     double term;
     if (call.form == IN) {

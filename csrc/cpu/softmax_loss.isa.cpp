@@ -7,12 +7,12 @@
 namespace vlmfast {
 namespace VLMFAST_ISA {
 
-static constexpr float LOG2E = 1.4426950408889634f;
+static constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
 // With every row's and column's top within 2^-60 of the tile's, what falls below 2^-126 is under 2^-66 of any sum.
 static constexpr float ONE_EXP_SPREAD = 60.0f;
 // In the backward p = 2^(z2 - m) * 2^(m - lse2): with m the least lse2, the first factor stays under 2^100, and where
 // it falls below 2^-126 so does p.
-static constexpr float ONE_EXP_LSE_SPREAD = 100.0f;
+static constexpr double ONE_EXP_LSE_SPREAD = 100.0;
 
 // 2^n of an integer n.
 static inline double power2(float n) {
@@ -22,12 +22,22 @@ static inline double power2(float n) {
 
 // (reference, total) += (r, t)
 static inline void merge(float* reference, double* total, float r, double t) {
+  if (t == 0.0) return;
   if (r > *reference) {
     *total = *total * power2(*reference - r) + t;
     *reference = r;
   } else {
-    *total += t != 0.0 ? t * power2(r - *reference) : 0.0;
+    *total += t * power2(r - *reference);
   }
+}
+
+// log2 of 2^z2 as the sums hold it, polynomial and all: where a positive is nearly all of its row's sum, log total -
+// this is 0 to the last bit, and so are loss and gradient.
+static inline double log_power(float z2) {
+  const float n = nearbyintf(z2);
+  float power[W];
+  store(power, exp2(set1(z2 - n)));
+  return double(n) + log2(double(power[0]));
 }
 
 static inline float reference_of(float top) { return top > -INFINITY ? ceilf(top) : 0.0f; }
@@ -126,15 +136,15 @@ static void forward_of(const Tile& tile, const SoftmaxCall& call, const Running&
 
   Tops tops;
   Sums sums;
-  scale_and_top<FORM == IN>(tile, call.scale * LOG2E, row_ids, col_ids, tops);
+  scale_and_top<FORM == IN>(tile, call.scale * float(LOG2E), row_ids, col_ids, tops);
   if (FORM == INDEX) {
     for (int64_t i = 0; i < tile.m; ++i) {
       const int64_t j = row_ids[i] - tile.j0;
-      if (j >= 0 && j < tile.n) rows.positive[tile.i0 + i] = tile.s[i * TILE_LD + j];
+      if (j >= 0 && j < tile.n) rows.positive[tile.i0 + i] = log_power(tile.s[i * TILE_LD + j]);
     }
     for (int64_t j = 0; j < tile.n; ++j) {
       const int64_t i = col_ids[j] - tile.i0;
-      if (i >= 0 && i < tile.m) cols.positive[tile.j0 + j] = tile.s[i * TILE_LD + j];
+      if (i >= 0 && i < tile.m) cols.positive[tile.j0 + j] = log_power(tile.s[i * TILE_LD + j]);
     }
   }
 
@@ -149,7 +159,7 @@ static void forward_of(const Tile& tile, const SoftmaxCall& call, const Running&
     for (int64_t i = 0; i < tile.m; ++i) tops.positive_row[i] = reference_of(one_exp ? top : tops.positive_row[i]);
     for (int64_t j = 0; j < tile.n; ++j) tops.positive_col[j] = reference_of(one_exp ? top : tops.positive_col[j]);
   }
-  if (one_exp || !call.cols.weight)
+  if (one_exp || (FORM != IN && !call.cols.weight))  // without columns, each row may have its own reference
     sum_powers<true, FORM>(tile, tops, row_ids, col_ids, sums);
   else
     sum_powers<false, FORM>(tile, tops, row_ids, col_ids, sums);
@@ -169,16 +179,20 @@ void softmax_forward(const Tile& tile, const SoftmaxCall& call, const Running& r
     forward_of<INDEX>(tile, call, rows, cols);
 }
 
-// One side's share of a tile's gradient, [TILE_M] for rows and [TILE_N] for columns; zeros where it is absent.
+// One side's part in a tile's gradient, for its SIZE rows or columns: w p = 2^(z2 - reference) * factor.
 template <int64_t SIZE>
 struct Factors {
   int32_t ids[SIZE];
-  float weight[SIZE];    // w
-  float lse[SIZE];       // log-sum-exp in base 2
-  float factor[SIZE];    // w 2^(m - lse): p w = 2^(z2 - m) * factor
-  float target[SIZE];    // OUT: (1 - smoothing) w / count
+  double weight[SIZE];             // w times the incoming gradient; 0 where the side is absent
+  double lse[SIZE];                // log-sum-exp in base 2
+  double target[SIZE];             // what p is pulled to at a positive; IN: unused
+  float reference[SIZE];           // a whole number
+  float factor[SIZE];              // w 2^(reference - lse)
+  float matched[SIZE];             // IN: the same at a positive, less what pulls it up
+  float positive_reference[SIZE];  // IN: what else pulls a positive up: 2^(z2 - positive_reference) * positive_factor
+  float positive_factor[SIZE];
+  float pull[SIZE];      // OUT: w * target
   float everyone[SIZE];  // smoothing w / (length of the other side)
-  float positive_lse[SIZE];
 };
 
 template <int64_t SIZE>
@@ -187,43 +201,95 @@ static void fill(Factors<SIZE>& f, const SoftmaxSide& side, const SoftmaxCall& c
   for (int64_t i = 0; i < SIZE; ++i) {
     const bool here = i < count && side.weight;
     f.ids[i] = i < count ? side.ids[begin + i] : -1;
-    f.weight[i] = here ? grad * side.weight[begin + i] : 0.0f;
-    f.lse[i] = here ? side.lse[begin + i] * LOG2E : 0.0f;
-    f.target[i] = here && call.form == OUT ? (1.0f - call.smoothing) * f.weight[i] * side.share[begin + i] : 0.0f;
-    f.everyone[i] = call.smoothing * f.weight[i] / float(others);
-    f.positive_lse[i] = here && call.form == IN ? side.positive_lse[begin + i] * LOG2E : 0.0f;
+    f.weight[i] = here ? double(grad) * side.weight[begin + i] : 0.0;
+    f.lse[i] = here ? side.lse[begin + i] * LOG2E : INFINITY;
+    const double share = here ? (call.form == OUT ? double(side.share[begin + i]) : 1.0) : 0.0;
+    f.target[i] = (1.0 - double(call.smoothing)) * share;
+    f.pull[i] = float(f.weight[i] * f.target[i]);
+    f.everyone[i] = float(double(call.smoothing) * f.weight[i] / double(others));
   }
 }
 
+// The factors of one side, with `base` as reference for all where one exponential serves, else with its own for each.
+template <int64_t SIZE>
+static void refer(Factors<SIZE>& f, const SoftmaxSide& side, int form, int64_t begin, int64_t count, bool one_exp,
+                  double base) {
+  for (int64_t i = 0; i < SIZE; ++i) {
+    const bool here = i < count && side.weight;
+    // 2^(z2 - infinity) = 0 for what is not there
+    f.reference[i] = !here ? INFINITY : float(one_exp ? base : floor(f.lse[i]));
+    const double power = here ? ::exp2(double(f.reference[i]) - f.lse[i]) : 0.0;
+    f.factor[i] = f.matched[i] = float(f.weight[i] * power);
+    f.positive_reference[i] = INFINITY;
+    f.positive_factor[i] = 0.0f;
+    if (form != IN || !here) continue;
+    const double positive = side.positive_lse[begin + i] * LOG2E, gap = f.lse[i] - positive;
+    if (gap < double(ONE_EXP_SPREAD)) {
+      // p - r = p (1 - 2^gap): exact also where nearly all of a row's mass is on its positives
+      f.matched[i] = float(f.weight[i] * power * -expm1(gap * LN2));
+    } else if (positive > -INFINITY) {
+      f.positive_reference[i] = float(floor(positive));
+      f.positive_factor[i] = float(f.weight[i] * ::exp2(floor(positive) - positive));
+    }
+  }
+}
+
+// dL/dz at a positive, z from log_power, in double: p - 1 near p = 1, the gradient of a pair that is nearly solved,
+// would be all rounding.
+static inline float at_positive(const Factors<TILE_M>& rows, const Factors<TILE_N>& cols, int64_t i, int64_t j,
+                                double z, bool row_hit, bool col_hit) {
+  const double by_row = rows.weight[i] == 0.0 ? 0.0 : expm1((z - rows.lse[i]) * LN2) + 1.0 * !row_hit;
+  const double by_col = cols.weight[j] == 0.0 ? 0.0 : expm1((z - cols.lse[j]) * LN2) + 1.0 * !col_hit;
+  return float(rows.weight[i] * (by_row + (row_hit ? 1.0 - rows.target[i] : 0.0)) - rows.everyone[i] +
+               cols.weight[j] * (by_col + (col_hit ? 1.0 - cols.target[j] : 0.0)) - cols.everyone[j]);
+}
+
 template <bool ONE_EXP, int FORM>
-static void gradient_of(const Tile& tile, float scale2, bool smoothing, const Factors<TILE_M>& rows,
+static void gradient_of(const Tile& tile, float scale2, bool smoothing, bool singles, const Factors<TILE_M>& rows,
                         const Factors<TILE_N>& cols, float base) {
   const V factor = set1(scale2), shift = set1(base), zero = set1(0.0f);
   for (int64_t i = 0; i < tile.m; ++i) {
-    const V row_factor = set1(rows.factor[i]), row_weight = set1(rows.weight[i]), row_lse = set1(rows.lse[i]);
     for (int64_t j = 0; j < tile.n; j += W) {
       float* s = tile.s + i * TILE_LD + j;
       const V z = mul(load(s), factor);
+      const Mask match = FORM == INDEX ? first(0) : same(cols.ids + j, rows.ids[i]);
+      V row = set1(rows.factor[i]), col = load(cols.factor + j);
+      if (FORM == IN) {
+        row = select(match, set1(rows.matched[i]), row);
+        col = select(match, load(cols.matched + j), col);
+      }
       V g;
       if (ONE_EXP) {  // w_i p_row + w_j p_col from one power
-        g = mul(exp2(sub(z, shift)), add(row_factor, load(cols.factor + j)));
+        g = mul(exp2(sub(z, shift)), add(row, col));
       } else {
-        g = mul(exp2(sub(z, row_lse)), row_weight);
-        g = fma(exp2(sub(z, load(cols.lse + j))), load(cols.weight + j), g);
+        g = mul(exp2(sub(z, set1(rows.reference[i]))), row);
+        g = fma(exp2(sub(z, load(cols.reference + j))), col, g);
       }
-      if (FORM != INDEX) {
-        const Mask match = same(cols.ids + j, rows.ids[i]);
-        if (FORM == OUT) g = sub(g, select(match, add(set1(rows.target[i]), load(cols.target + j)), zero));
-        if (FORM == IN && count(match)) {
-          V p = mul(exp2(sub(z, set1(rows.positive_lse[i]))), row_weight);
-          p = fma(exp2(sub(z, load(cols.positive_lse + j))), load(cols.weight + j), p);
-          g = sub(g, select(match, p, zero));
-        }
+      if (FORM == IN && count(match)) {
+        V r = mul(exp2(sub(z, set1(rows.positive_reference[i]))), set1(rows.positive_factor[i]));
+        r = fma(exp2(sub(z, load(cols.positive_reference + j))), load(cols.positive_factor + j), r);
+        g = sub(g, select(match, r, zero));
       }
+      if (FORM == OUT) g = sub(g, select(match, add(set1(rows.pull[i]), load(cols.pull + j)), zero));
       if (smoothing) g = sub(g, add(set1(rows.everyone[i]), load(cols.everyone + j)));
       store(s, g);
+      if (FORM == OUT && singles && count(match)) {
+        float logits[W];
+        store(logits, z);
+        for (int64_t l = 0; l < W && j + l < tile.n; ++l)
+          if (cols.ids[j + l] == rows.ids[i])
+            s[l] = at_positive(rows, cols, i, j + l, log_power(logits[l]), true, true);
+      }
     }
   }
+}
+
+// Whether one of these has a single positive, which alone it may match fully.
+template <int64_t SIZE>
+static bool any_single(const Factors<SIZE>& f, float smoothing) {
+  bool any = false;
+  for (int64_t i = 0; i < SIZE; ++i) any |= f.weight[i] != 0.0 && f.target[i] >= 1.0 - double(smoothing);
+  return any;
 }
 
 template <int FORM>
@@ -233,40 +299,44 @@ static void backward_of(const Tile& tile, const SoftmaxCall& call, float grad) {
   fill(rows, call.rows, call, grad, tile.i0, tile.m, call.pair.y.rows);
   fill(cols, call.cols, call, grad, tile.j0, tile.n, call.pair.x.rows);
 
-  float least = INFINITY, most = -INFINITY;
+  double least = INFINITY, most = -INFINITY;
   bool finite = true;  // false with a NaN among them: two exponentials carry it to the right places
-  const auto widen = [&](float lse) {
+  const auto widen = [&](double lse) {
     least = lse < least ? lse : least;
     most = lse > most ? lse : most;
-    finite &= lse - lse == 0.0f;
+    finite &= lse - lse == 0.0;
   };
   for (int64_t i = 0; call.rows.weight && i < tile.m; ++i) widen(rows.lse[i]);
   for (int64_t j = 0; call.cols.weight && j < tile.n; ++j) widen(cols.lse[j]);
   const bool one_exp = finite && most - least < ONE_EXP_LSE_SPREAD;
-  if (one_exp) {
-    for (int64_t i = 0; i < TILE_M; ++i) rows.factor[i] = rows.weight[i] * exp2f(least - rows.lse[i]);
-    for (int64_t j = 0; j < TILE_N; ++j) cols.factor[j] = cols.weight[j] * exp2f(least - cols.lse[j]);
-    // Absent sides have lse 0, which is no part of the spread.
-    for (int64_t i = 0; !call.rows.weight && i < TILE_M; ++i) rows.factor[i] = 0.0f;
-    for (int64_t j = 0; !call.cols.weight && j < TILE_N; ++j) cols.factor[j] = 0.0f;
-  }
-  const float scale2 = call.scale * LOG2E;
-  const bool smoothing = call.smoothing != 0.0f;
-  if (one_exp)
-    gradient_of<true, FORM>(tile, scale2, smoothing, rows, cols, least);
-  else
-    gradient_of<false, FORM>(tile, scale2, smoothing, rows, cols, 0.0f);
+  refer(rows, call.rows, FORM, tile.i0, tile.m, one_exp, floor(least));
+  refer(cols, call.cols, FORM, tile.j0, tile.n, one_exp, floor(least));
 
-  if (FORM == INDEX) {  // p - 1 where p is near 1: subtracted in float32, before anything is rounded further
-    const float hit = 1.0f - call.smoothing;
-    for (int64_t i = 0; i < tile.m; ++i) {
-      const int64_t j = rows.ids[i] - tile.j0;
-      if (j >= 0 && j < tile.n) tile.s[i * TILE_LD + j] -= hit * rows.weight[i];
-    }
-    for (int64_t j = 0; j < tile.n; ++j) {
-      const int64_t i = cols.ids[j] - tile.i0;
-      if (i >= 0 && i < tile.m) tile.s[i * TILE_LD + j] -= hit * cols.weight[j];
-    }
+  const float scale2 = call.scale * float(LOG2E);
+  double row_logit[TILE_M], col_logit[TILE_N];  // of the positives, which the gradient overwrites
+  const auto column_of = [&](int64_t i) { return rows.ids[i] - tile.j0; };
+  const auto row_of = [&](int64_t j) { return cols.ids[j] - tile.i0; };
+  const auto in_cols = [&](int64_t j) { return j >= 0 && j < tile.n; };
+  const auto in_rows = [&](int64_t i) { return i >= 0 && i < tile.m; };
+  if (FORM == INDEX) {
+    for (int64_t i = 0; i < tile.m; ++i)
+      if (in_cols(column_of(i))) row_logit[i] = log_power(tile.s[i * TILE_LD + column_of(i)] * scale2);
+    for (int64_t j = 0; j < tile.n; ++j)
+      if (in_rows(row_of(j))) col_logit[j] = log_power(tile.s[row_of(j) * TILE_LD + j] * scale2);
+  }
+  const bool smoothing = call.smoothing != 0.0f;
+  const bool singles = FORM == OUT && (any_single(rows, call.smoothing) || any_single(cols, call.smoothing));
+  if (one_exp)
+    gradient_of<true, FORM>(tile, scale2, smoothing, singles, rows, cols, float(floor(least)));
+  else
+    gradient_of<false, FORM>(tile, scale2, smoothing, singles, rows, cols, 0.0f);
+  if (FORM == INDEX) {
+    for (int64_t i = 0; i < tile.m; ++i)
+      if (const int64_t j = column_of(i); in_cols(j))
+        tile.s[i * TILE_LD + j] = at_positive(rows, cols, i, j, row_logit[i], true, row_of(j) == i);
+    for (int64_t j = 0; j < tile.n; ++j)
+      if (const int64_t i = row_of(j); in_rows(i))
+        tile.s[i * TILE_LD + j] = at_positive(rows, cols, i, j, col_logit[j], column_of(i) == j, true);
   }
 }
 

@@ -34,8 +34,8 @@ Pair pair(const MatrixArg& x, const MatrixArg& y, int64_t D, bool normalize, int
 
 SoftmaxSide side(const SideArg& arg) {
   const auto& [ids, weight, share, lse, positive_lse] = arg;
-  return {at<const int32_t>(ids), at<const float>(weight), at<const float>(share), at<float>(lse),
-          at<float>(positive_lse)};
+  return {at<const int32_t>(ids), at<const float>(weight), at<const float>(share), at<double>(lse),
+          at<double>(positive_lse)};
 }
 
 SoftmaxCall softmax_call(const MatrixArg& x, const MatrixArg& y, int64_t D, bool normalize, int threads,

@@ -67,49 +67,79 @@ bool matches(const vector<float>& got, const vector<float>& x, const vector<doub
   return worst <= 2e-5 * std::max(largest, 1e-3);
 }
 
-void softmax(int64_t M, int64_t N, int64_t D, float scale) {
-  const vector<float> x = random_rows(M, D, 1), y = random_rows(N, D, 2);
-  const vector<double> u = unit(x, D), v = unit(y, D), s = products(u, v, M, N, D);
-  const int64_t pairs = std::min(M, N);
-  vector<int32_t> row_ids(size_t(M), -1), col_ids(size_t(N), -1);
-  vector<float> row_weight(size_t(M), 0.0f), col_weight(size_t(N), 0.0f);
-  for (int64_t i = 0; i < pairs; ++i) {
-    row_ids[i] = col_ids[i] = int32_t(i);
-    row_weight[i] = col_weight[i] = 0.5f / float(pairs);
-  }
-
-  vector<double> row_lse(size_t(M), 0.0), col_lse(size_t(N), 0.0);
-  for (int64_t i = 0; i < M; ++i)
-    for (int64_t j = 0; j < N; ++j) {
-      row_lse[i] += std::exp(scale * s[i * N + j] - scale);
-      col_lse[j] += std::exp(scale * s[i * N + j] - scale);
-    }
-  for (double& l : row_lse) l = std::log(l) + scale;
-  for (double& l : col_lse) l = std::log(l) + scale;
+// Adds one side's share of the loss, and its share of dL/dz to G: the other side is the same with z transposed.
+double softmax_side(const vector<double>& z, int64_t M, int64_t N, bool transposed, const vector<int32_t>& ids,
+                    const vector<int32_t>& other_ids, const vector<float>& weight, int form, double smoothing,
+                    vector<double>& G) {
   double loss = 0;
-  vector<double> G(size_t(M * N));
-  for (int64_t i = 0; i < pairs; ++i) loss += row_weight[i] * (row_lse[i] + col_lse[i] - 2 * scale * s[i * N + i]);
-  for (int64_t i = 0; i < M; ++i)
+  for (int64_t i = 0; i < M; ++i) {
+    const auto at = [&](int64_t j) { return transposed ? j * M + i : i * N + j; };
+    double top = -INFINITY, total = 0, inside = 0, target = 0, count = 0, mean = 0;
+    const auto positive = [&](int64_t j) { return form == INDEX ? ids[i] == j : ids[i] == other_ids[j]; };
+    for (int64_t j = 0; j < N; ++j) top = std::max(top, z[at(j)]), count += positive(j);
     for (int64_t j = 0; j < N; ++j) {
-      const double z = scale * s[i * N + j], hit = i == j;
-      G[i * N + j] =
-          row_weight[i] * (std::exp(z - row_lse[i]) - hit) + col_weight[j] * (std::exp(z - col_lse[j]) - hit);
+      total += std::exp(z[at(j)] - top);
+      mean += z[at(j)] / double(N);
+      if (positive(j)) inside += std::exp(z[at(j)] - top), target += z[at(j)] / count;
     }
+    if (count == 0) continue;
+    const double lse = top + std::log(total);
+    loss += weight[i] * (form == IN ? std::log(total / inside) : lse - (1 - smoothing) * target - smoothing * mean);
+    for (int64_t j = 0; j < N; ++j) {
+      const double pull = form == IN ? std::exp(z[at(j)] - top) / inside : (1 - smoothing) / count;
+      G[at(j)] += weight[i] * (std::exp(z[at(j)] - lse) - pull * positive(j) - smoothing / double(N));
+    }
+  }
+  return loss;
+}
+
+// match: how much of y_i is x_i, for the even pairs; the others are strangers.
+void softmax(int64_t M, int64_t N, int64_t D, float scale, float match, int form, bool rows, bool cols, float smoothing,
+             bool need_x = true, bool need_y = true) {
+  const vector<float> x = random_rows(M, D, 1);
+  vector<float> y = random_rows(N, D, 2);
+  for (int64_t i = 0; i < std::min(M, N); i += 2)
+    for (int64_t k = 0; k < D; ++k) y[i * D + k] = match * x[i * D + k] + (1 - match) * y[i * D + k];
+  const vector<double> u = unit(x, D), v = unit(y, D);
+  vector<double> z = products(u, v, M, N, D);
+  for (double& value : z) value *= scale;
+
+  vector<int32_t> row_ids(size_t(M), -1), col_ids(size_t(N), -1);
+  vector<float> row_weight(size_t(M), 0.0f), col_weight(size_t(N), 0.0f), row_share(size_t(M), 0.0f),
+      col_share(size_t(N), 0.0f);
+  for (int64_t i = 0; i < M; ++i) row_ids[i] = int32_t(form == INDEX ? (i < N ? i : -1) : i % 7);
+  for (int64_t j = 0; j < N; ++j) col_ids[j] = int32_t(form == INDEX ? (j < M ? j : -1) : j % 9);
+  const auto share = [&](int32_t id, const vector<int32_t>& others) {
+    float count = 0;
+    for (int32_t other : others) count += form == INDEX ? 0.0f : id == other;
+    return form == INDEX ? float(id >= 0) : count > 0 ? 1 / count : 0.0f;
+  };
+  for (int64_t i = 0; i < M; ++i)
+    row_share[i] = share(row_ids[i], col_ids), row_weight[i] = (row_share[i] > 0) / float(M);
+  for (int64_t j = 0; j < N; ++j)
+    col_share[j] = share(col_ids[j], row_ids), col_weight[j] = (col_share[j] > 0) / float(N);
+
+  double loss = 0;
+  vector<double> G(size_t(M * N), 0.0);
+  if (rows) loss += softmax_side(z, M, N, false, row_ids, col_ids, row_weight, form, smoothing, G);
+  if (cols) loss += softmax_side(z, N, M, true, col_ids, row_ids, col_weight, form, smoothing, G);
 
   vector<float> dx1, dy1;
   for (int threads : {1, 2, 5}) {
-    vector<float> rl(size_t(M), 0.0f), cl(size_t(N), 0.0f), dx(size_t(M * D), NAN), dy(size_t(N * D), NAN);
-    const SoftmaxCall call = {{{x.data(), M, FLOAT32}, {y.data(), N, FLOAT32}, D, true, threads},
-                              {row_ids.data(), row_weight.data(), nullptr, rl.data(), nullptr},
-                              {col_ids.data(), col_weight.data(), nullptr, cl.data(), nullptr},
-                              scale,
-                              0.0f,
-                              INDEX};
+    vector<double> lse(size_t(2 * (M + N)), 0.0);
+    vector<float> dx(size_t(need_x ? M * D : 0), NAN), dy(size_t(need_y ? N * D : 0), NAN);
+    const SoftmaxCall call = {
+        {{x.data(), M, FLOAT32}, {y.data(), N, FLOAT32}, D, true, threads},
+        {row_ids.data(), rows ? row_weight.data() : nullptr, row_share.data(), &lse[0], &lse[M]},
+        {col_ids.data(), cols ? col_weight.data() : nullptr, col_share.data(), &lse[2 * M], &lse[2 * M + N]},
+        scale,
+        smoothing,
+        form};
     const double got = softmax_loss_forward(call);
-    softmax_loss_backward(call, 1.0f, dx.data(), dy.data());
+    softmax_loss_backward(call, 1.0f, need_x ? dx.data() : nullptr, need_y ? dy.data() : nullptr);
     check(std::abs(got - loss) <= 1e-5 * (1 + std::abs(loss)), "softmax loss", M, N, D);
-    check(matches(dx, x, u, v, G, M, N, D, scale, false), "softmax dx", M, N, D);
-    check(matches(dy, y, v, u, G, N, M, D, scale, true), "softmax dy", M, N, D);
+    if (need_x) check(matches(dx, x, u, v, G, M, N, D, scale, false), "softmax dx", M, N, D);
+    if (need_y) check(matches(dy, y, v, u, G, N, M, D, scale, true), "softmax dy", M, N, D);
     if (threads == 1) dx1 = dx, dy1 = dy;
     check(dx == dx1 && dy == dy1, "the same bits on any threads", M, N, D);
   }
@@ -170,6 +200,9 @@ void retrieval(int64_t M, int64_t N, int64_t D) {
   similarity(pair, out.data());
   similarity_topk(pair, k, values.data(), indices.data());
   rank_counts(pair, positives.data(), P, above.data(), ties.data());
+  vector<int64_t> none(size_t(M), -1), all(size_t(M), 0), no_ties(size_t(M), 0);
+  rank_counts(pair, none.data(), 1, all.data(), no_ties.data());
+  for (int64_t i = 0; i < M; ++i) check(all[i] == N && no_ties[i] == 0, "ranks without a positive", M, N, D);
   for (int64_t i = 0; i < M; ++i) {
     for (int64_t j = 0; j < N; ++j) check(out[i * N + j] == float(s[i * N + j]), "similarity", M, N, D);
     for (int64_t r = 0; r < k; ++r) {
@@ -214,18 +247,25 @@ void halves() {  // bfloat16 and float16 inputs give what their float32 values g
 int main() {
   for (const char* const* name = isas(); *name; ++name) {
     force_isa(*name);
-    // Alone; under, on and over a panel and a tile; ragged every way; more than one tile each way.
-    softmax(1, 1, 1, 14.3f);
-    softmax(12, 32, 7, 14.3f);
-    softmax(95, 193, 33, 14.3f);
-    softmax(97, 96, 100, 100.0f);
-    softmax(200, 385, 257, 14.3f);
-    softmax(400, 401, 8, 100.0f);
+    // Alone; under, on and over a panel and a tile; ragged every way; more than one tile, and thread, each way.
+    softmax(1, 1, 1, 14.3f, 0.5f, INDEX, true, true, 0.0f);
+    softmax(12, 32, 7, 14.3f, 0.5f, INDEX, true, true, 0.1f);
+    softmax(97, 96, 100, 100.0f, 0.9f, INDEX, true, true, 0.0f);
+    softmax(400, 401, 8, 100.0f, 0.9f, INDEX, true, true, 0.0f);
+    softmax(200, 385, 257, 14.3f, 0.5f, INDEX, true, true, 0.0f);
+    for (int form : {INDEX, OUT, IN})
+      for (int directions : {1, 2, 3}) {
+        softmax(95, 193, 33, 14.3f, 0.5f, form, directions & 1, directions & 2, form == IN ? 0.0f : 0.2f);
+        softmax(110, 210, 40, 100.0f, 0.95f, form, directions & 1, directions & 2, 0.0f, directions != 1,
+                directions != 2);
+      }
     sigmoid_and_hinge(1, 3);
     sigmoid_and_hinge(97, 40);
     sigmoid_and_hinge(210, 31);
+    sigmoid_and_hinge(300, 200);  // enough for a second thread
     retrieval(1, 1, 1);
     retrieval(100, 203, 9);
+    retrieval(200, 600, 150);
     halves();
     std::printf("%s: %s\n", *name, failures ? "failed" : "passed");
   }

@@ -16,7 +16,7 @@ def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
     """
     from vlmfast.ops.softmax_loss import IMPLS
 
-    sample = torch.empty(1, 1, device=device)
+    sample = torch.empty(1, 1, dtype=torch.float32, device=device)
     return tuple(
         name
         for name in PREFERENCE.get(sample.device.type, ("reference",))

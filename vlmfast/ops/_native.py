@@ -36,6 +36,11 @@ def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """An uninitialised tensor for the kernels to fill, whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
 def gradients(x: Tensor, y: Tensor, need_x: bool, need_y: bool) -> tuple[Tensor, Tensor]:
-    """Uninitialised float32 gradients for the kernels to fill; [0] for the one that is not needed."""
-    return torch.empty(x.shape if need_x else 0), torch.empty(y.shape if need_y else 0)
+    """Uninitialised float32 gradients; [0] for the one that is not needed."""
+    return empty(*(x.shape if need_x else (0,))), empty(*(y.shape if need_y else (0,)))

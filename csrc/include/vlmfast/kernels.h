@@ -45,10 +45,10 @@ enum SoftmaxForm : int32_t {
 
 struct SoftmaxSide {  // of length M for rows, N for columns
   const int32_t* ids;
-  const float* weight;  // nullptr: this direction is absent
-  const float* share;   // OUT only
-  float* lse;           // out in forward, in for backward; natural log
-  float* positive_lse;  // IN only
+  const float* weight;   // nullptr: this direction is absent
+  const float* share;    // OUT only
+  double* lse;           // out in forward, in for backward; natural log
+  double* positive_lse;  // IN only
 };
 
 struct SoftmaxCall {
@@ -92,7 +92,7 @@ struct Running {
   float* reference;
   double* total;
   float* positive_reference;  // IN only
-  double* positive;           // INDEX, OUT: sum over positives of z log2(e); IN: their total
+  double* positive;           // INDEX, OUT: (sum over) positives of z log2(e); IN: their total
 };
 
 struct Kernels {

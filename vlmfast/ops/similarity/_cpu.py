@@ -27,7 +27,7 @@ def forward(
 ) -> Tensor:
     """[M, N] similarities."""
     query, items = query.contiguous(), items.contiguous()
-    out = torch.empty(len(query), len(items))
+    out = _native.empty(len(query), len(items))
     C.similarity(*_native.pair(query, items, normalize), address(out))
     return out
 
@@ -40,7 +40,7 @@ def topk(
 ) -> tuple[Tensor, Tensor]:
     """Values [M, k] in descending order and the items [M, k] they belong to; among equals, the lower index first."""
     query, items = query.contiguous(), items.contiguous()
-    values, indices = torch.empty(len(query), k), torch.empty(len(query), k, dtype=torch.int64)
+    values, indices = _native.empty(len(query), k), _native.empty(len(query), k, dtype=torch.int64)
     C.similarity_topk(*_native.pair(query, items, normalize), k, address(values), address(indices))
     return values, indices
 
@@ -53,7 +53,7 @@ def ranks(
 ) -> tuple[Tensor, Tensor]:
     """(items above each query's best positive [M], other items equal to it [M])."""
     query, items, positives = query.contiguous(), items.contiguous(), positives.contiguous()
-    above, ties = torch.empty(len(query), dtype=torch.int64), torch.empty(len(query), dtype=torch.int64)
+    above, ties = (_native.empty(len(query), dtype=torch.int64) for _ in range(2))
     arguments = (address(positives), positives.shape[1], address(above), address(ties))
     C.rank_counts(*_native.pair(query, items, normalize), *arguments)
     return above, ties

@@ -36,7 +36,7 @@ def forward(
     M = 0 if row_weight is None else len(x)
     N = 0 if col_weight is None else len(y)
     sizes = (M, N, M, N) if form == "in" else (M, N, 0, 0)
-    lses = [torch.empty(size) for size in sizes]
+    lses = [_native.empty(size, dtype=torch.float64) for size in sizes]
     ids = _compact(row_ids, col_ids, form)
     rows = tuple(map(address, (ids[0], row_weight, row_share, lses[0], lses[2])))
     cols = tuple(map(address, (ids[1], col_weight, col_share, lses[1], lses[3])))
