@@ -16,6 +16,7 @@ from torch import Tensor
 from vlmfast import _ext
 from vlmfast.backend import select, use_backend
 from vlmfast.bench import loss as loss_bench
+from vlmfast.bench.timing import threads
 from vlmfast.data import digits
 from vlmfast.errors import DataError
 from vlmfast.eval.embed import embed_images, embed_texts
@@ -50,6 +51,8 @@ class Config:
     """Pairs a step."""
     seed: int = 0
     """Of weights, order and random changes of images, the same in both runs."""
+    threads: int = 1
+    """Threads of PyTorch and of our kernels; the model is too small for more to help much."""
     bench_batch: str = "1024,4096"
     """Batch sizes at which the loss is timed."""
     bench_dim: int = 512
@@ -69,11 +72,13 @@ def run(config: Config) -> int:
     """
     started = time.perf_counter()
     config.out.mkdir(parents=True, exist_ok=True)
-    fused = _train(config, "fused")
-    reference = _train(config, "reference")
-    print(f"benchmark: clip_loss, B = {config.bench_batch}, one thread")
+    with threads(config.threads):
+        fused = _train(config, "fused")
+        reference = _train(config, "reference")
+    print(f"benchmark: clip_loss, B = {config.bench_batch}")
     bench = loss_bench.run(
         loss_bench.LossBench(
+            threads=config.threads,
             batch=config.bench_batch,
             dim=config.bench_dim,
             providers="vlmfast,eager-one,eager-two,linear-cross-entropy",
