@@ -16,8 +16,16 @@ from vlmfast.errors import BackendError
 PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 NAMES = ("cuda", "triton", "cpu", "reference")
 
-# A plain global: torch.compile can guard on it, which it cannot on a ContextVar.
-_forced: str | None = None
+
+class _Block:
+    """One `use_backend` that has been entered and not yet left."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+# A plain global: torch.compile can guard on it, which it cannot on a ContextVar. The last block entered counts.
+_blocks: list[_Block] = []
 
 
 def _known(name: str) -> str:
@@ -30,23 +38,26 @@ def _known(name: str) -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Forces every op of this process, inside the block, onto backend `name`, or a `BackendError` with the reason.
 
+    Of blocks that overlap, in one thread or in several, the one entered last counts for all threads until it is left.
+
     Args:
         name: one of "reference", "cpu", "triton", "cuda". The variable VLMFAST_BACKEND does the same for a process.
     Raises:
         BackendError: the name is unknown (at entry), or the backend cannot run a call (at the call).
     """
-    global _forced
-    before, _forced = _forced, _known(name)
+    block = _Block(_known(name))
+    _blocks.append(block)
     try:
         yield
     finally:
-        _forced = before
+        _blocks.remove(block)  # its own entry: another thread may have entered a block since, and still be in it
 
 
 def forced_backend() -> str | None:
     """The backend that `use_backend` or VLMFAST_BACKEND forces, or None."""
-    if _forced is not None:
-        return _forced
+    last = _blocks[-1:]  # a slice: another thread may leave the last block at any moment
+    if last:
+        return last[0].name
     name = os.environ.get("VLMFAST_BACKEND")
     return _known(name) if name else None
 
