@@ -19,11 +19,15 @@ def unit_rows(
     normalize: bool,
 ) -> tuple[Tensor, Tensor]:
     """The rows [M, D] in `dtype` divided by their lengths, and those [M, 1]; as they are without `normalize`."""
-    x = x.to(dtype)
+    x = x.to(dtype).contiguous()  # and so all that is computed from them, as the ops' fakes say
     if not normalize:
         return x, x.new_ones(())
-    length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(SHORTEST)
-    return x / length, length
+    # By its largest entry first: the square of a number above 1.8e19 overflows float32.
+    largest = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True).clamp_min(SHORTEST)
+    x = x / largest
+    # Below 1 only where `largest` was clamped: there 1 stands for SHORTEST.
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(1)
+    return x / length, largest * length
 
 
 def unit_rows_backward(
