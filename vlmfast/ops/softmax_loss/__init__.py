@@ -32,7 +32,7 @@ def clip_loss(
         z = logit_scale * normalize(image) @ normalize(text).T
         (cross_entropy(z, arange(B)) + cross_entropy(z.T, arange(B))) / 2
     with `label_smoothing` passed on to cross_entropy. The backward keeps the inputs and two vectors [B].
-    Differentiable once: double backward and torch.func.grad raise.
+    Differentiable once, backwards: double backward, forward mode and torch.func raise.
 
     Args:
         image: [B, D] embeddings. float32, bfloat16, float16, or float64 (on the reference). Sums are float32 (float64).
@@ -84,7 +84,7 @@ def info_nce_loss(
         "out", "soft": -(P * log_softmax(z, 1)).sum(1) / m  # SupCon's "out" and soft targets P / m: one formula
         "in":          -(P * softmax(z, 1)).sum(1).log()    # MIL-NCE
     The mean runs over the queries that have a positive; with none at all the loss is 0. The backward keeps the inputs
-    and the log-sum-exps. Differentiable once: double backward and torch.func.grad raise.
+    and the log-sum-exps. Differentiable once, backwards: double backward, forward mode and torch.func raise.
 
     Args:
         query: [M, D] embeddings. float32, bfloat16, float16, or float64 (on the reference). Sums are float32 (float64).
@@ -108,7 +108,8 @@ def info_nce_loss(
         DTypeError: an embedding or the scale is not floating, or labels or ids are not int64.
         BackendError: a backend was forced that cannot run this call.
         ValueError: the tensors lie on different devices, an option or a combination is unknown, or a label is out of
-            range (looked at on the CPU; on other devices under VLMFAST_DEBUG=1 only, else it counts as -1).
+            range (looked at on the CPU outside torch.compile; elsewhere under VLMFAST_DEBUG=1 only, else it counts as
+            -1).
     Source: van den Oord et al. 2018, eq. 4; "out" Khosla et al. 2020, eq. 2; "in" Miech et al. 2020, eq. 1; "soft" Yang
         et al. 2022 (UniCL), eq. 3-4. They skip no query; we skip those without a positive.
     """
@@ -242,7 +243,7 @@ def _(x, y, logit_scale, row_ids, col_ids, row_weight, col_weight, row_share, co
     M = 0 if row_weight is None else x.shape[0]
     N = 0 if col_weight is None else y.shape[0]
     positive = (M, N) if form == "in" else (0, 0)
-    return x.new_empty((), dtype=dtype), *(x.new_empty(size, dtype=dtype) for size in (M, N, *positive))
+    return x.new_empty((), dtype=dtype), *(x.new_empty(size, dtype=torch.float64) for size in (M, N, *positive))
 
 
 @_library.op("softmax_loss_backward")

@@ -34,11 +34,14 @@ def forward(
     label_smoothing: float,
     normalize: bool,
 ) -> tuple[Tensor, ...]:
-    """(loss [], row_lse [M], col_lse [N], row_pos_lse [M], col_pos_lse [N]); what a call has no use for is [0]."""
+    """(loss [], row_lse [M], col_lse [N], row_pos_lse [M], col_pos_lse [N]); what a call has no use for is [0].
+
+    The log-sum-exps are float64: near 100 float32 has steps of 8e-6, and every softmax would be off by as much.
+    """
     dtype = accumulator(x, y)
     (a, _), (b, _), scale = unit_rows(x, dtype, normalize), unit_rows(y, dtype, normalize), logit_scale.to(dtype)
-    loss = a.new_zeros(())
-    row_lse, col_lse, row_pos_lse, col_pos_lse = (a.new_empty(0) for _ in range(4))
+    loss = a.new_zeros((), dtype=torch.float64)
+    row_lse, col_lse, row_pos_lse, col_pos_lse = (loss.new_empty(0) for _ in range(4))
     if row_weight is not None:
         targets = (row_ids, col_ids, row_share, form, label_smoothing)
         over_rows, row_lse, row_pos_lse = _rows_forward(a, b, scale, row_weight, *targets)
@@ -47,7 +50,7 @@ def forward(
         targets = (col_ids, row_ids, col_share, form, label_smoothing)
         over_columns, col_lse, col_pos_lse = _rows_forward(b, a, scale, col_weight, *targets)
         loss = loss + over_columns
-    return loss, row_lse, col_lse, row_pos_lse, col_pos_lse
+    return loss.to(dtype), row_lse, col_lse, row_pos_lse, col_pos_lse
 
 
 def backward(
@@ -98,17 +101,17 @@ def _rows_forward(
     form: str,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum_i weight_i (lse_i - pull_i), lse [M], the positives' lse [M] or [0])."""
+    """(sum_i weight_i (lse_i - pull_i), lse [M], the positives' lse [M] or [0]), all float64."""
     lses, pulls = [], []
     for rows in _chunks(len(a)):
         z = scale * (a[rows] @ b.T)  # [C, N]
         positive = _positive(rows, ids, other_ids, form)
-        lses.append(z.logsumexp(1))
+        lses.append(_logsumexp(z))
         if form == "in":
             # A row without a positive has weight 0: any finite number will do for its empty sum.
-            pulls.append(z.masked_fill(~positive, -torch.inf).logsumexp(1).where(positive.any(1), 0))
+            pulls.append(_logsumexp(z.masked_fill(~positive, -torch.inf)).where(positive.any(1), 0))
         else:
-            pulls.append((_target(positive, rows, share, label_smoothing, z.dtype) * z).sum(1))
+            pulls.append((_target(positive, rows, share, label_smoothing, z.dtype) * z).sum(1, dtype=torch.float64))
     lse, pull = torch.cat(lses), torch.cat(pulls)
     return (weight * (lse - pull)).sum(), lse, pull if form == "in" else lse.new_empty(0)
 
@@ -135,13 +138,24 @@ def _rows_backward(
         z = scale * cosine
         positive = _positive(rows, ids, other_ids, form)
         if form == "in":
-            target = torch.exp(z - pos_lse[rows, None]).where(positive, 0)
+            target = _softmax(z, pos_lse[rows]).where(positive, 0)
         else:
             target = _target(positive, rows, share, label_smoothing, z.dtype)
-        dz = weight[rows, None] * (torch.exp(z - lse[rows, None]) - target)
+        dz = weight[rows, None] * (_softmax(z, lse[rows]) - target)
         da[rows] += scale * (dz @ b)
         db += scale * (dz.T @ a[rows])
         dscale += (dz * cosine).sum()
+
+
+def _logsumexp(z: Tensor) -> Tensor:
+    """z.logsumexp(1) in float64, of exponentials in z's dtype."""
+    top = z.amax(1)
+    return top.double() + torch.exp(z - top[:, None]).sum(1, dtype=torch.float64).log()
+
+
+def _softmax(z: Tensor, lse: Tensor) -> Tensor:
+    """exp(z - lse) in z's dtype, of a difference that is taken in float64."""
+    return torch.exp((z - lse[:, None]).to(z.dtype))
 
 
 def _positive(rows: slice, ids: Tensor, other_ids: Tensor, form: str) -> Tensor:
