@@ -67,7 +67,7 @@ def test_compiles_whole(backend):
 def test_refusals():
     with pytest.raises(ValueError, match="VseLoss: reduction must be 'sum' or 'mean'; got 'none'"):
         VseLoss(reduction="none")
-    with pytest.raises(ValueError, match="vse_loss: margin must be finite and at least 0; got -1"):
+    with pytest.raises(ValueError, match="vse_loss: margin must be at least 0 and finite in float32; got -1"):
         VseLoss(margin=-1)(torch.ones(2, 2), torch.ones(2, 2))
     with pytest.raises(ShapeError, match=r"vse_loss: image and text .*\(2, 2\).*\(3, 2\)"):
         VseLoss()(torch.ones(2, 2), torch.ones(3, 2))

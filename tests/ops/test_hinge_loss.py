@@ -228,6 +228,7 @@ def test_longer_embeddings_change_nothing_and_gradients_stand_upright(backend, h
     image.requires_grad_()
     loss = vse_loss(image, text, hardest=hardest)
     torch.testing.assert_close(vse_loss(3 * image, text / 7, hardest=hardest), loss, rtol=5e-6, atol=0)
+    torch.testing.assert_close(vse_loss(1e20 * image, 1e30 * text, hardest=hardest), loss, rtol=5e-6, atol=0)
     gradient = torch.autograd.grad(loss, image)[0]
     assert ((gradient * image).sum(1) / image.norm(dim=1) / gradient.norm()).abs().max() < 1e-6
 
@@ -277,9 +278,9 @@ def test_only_what_is_needed_is_computed(backend, monkeypatch):
 
 @hardness
 @pytest.mark.parametrize("need", [True, False])
-def test_nothing_of_the_size_of_the_similarities_is_held(backend, hardest, need):
+def test_nothing_of_the_size_of_the_similarities_is_held(backend, hardest, need, scratch_below):
     image, text, _ = pairs(1200, 8)
-    with Watch(1200 * 1200):
+    with Watch(1200 * 1200), scratch_below(1200 * 1200):
         loss, *_ = IMPLS[backend].forward(image, text, 0.2, hardest, True, need, need)
     torch.testing.assert_close(loss, vsepp(scores(image, text), 0.2, hardest), rtol=1e-5, atol=0)
 
@@ -361,8 +362,9 @@ X = torch.ones(4, 3)
         ((X[0], X), ShapeError, r"vse_loss: image must be a matrix \[rows, D\]; got shape \(3,\)"),
         ((X, X[:, :0]), ShapeError, r"vse_loss: text must have at least one row .* \(4, 0\)"),
         ((X, X.int()), DTypeError, r"vse_loss: text must be float32.* got torch.int32"),
-        ((X, X, -0.1), ValueError, r"vse_loss: margin must be finite and at least 0; got -0.1"),
-        ((X, X, float("nan")), ValueError, r"vse_loss: margin must be finite and at least 0; got nan"),
+        ((X, X, -0.1), ValueError, r"vse_loss: margin must be at least 0 and finite in float32; got -0.1"),
+        ((X, X, 1e300), ValueError, r"vse_loss: margin must be at least 0 and finite in float32; got 1e\+300"),
+        ((X, X, float("nan")), ValueError, r"vse_loss: margin must be at least 0 and finite in float32; got nan"),
         ((X, X.to("meta")), ValueError, r"vse_loss: all tensors must be on one device.*text on meta"),
     ],
 )

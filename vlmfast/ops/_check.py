@@ -23,7 +23,9 @@ def is_matrix(op: str, **tensors: Tensor) -> None:
 
 def same_shape(op: str, **tensors: Tensor) -> None:
     """All tensors are [B, D] with the same B and D."""
-    if len({tensor.shape for tensor in tensors.values()}) > 1:
+    first, *rest = tensors.values()
+    # Each against the first: a set would hash a symbolic size, and so pin it to one number.
+    if any(tensor.shape != first.shape for tensor in rest):
         got = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
         raise ShapeError(
             f"{op}: {' and '.join(tensors)} must have one shape [B, D], row i of each making pair i; got {got}"
@@ -32,7 +34,8 @@ def same_shape(op: str, **tensors: Tensor) -> None:
 
 def same_width(op: str, **tensors: Tensor) -> None:
     """All matrices have the same number of columns, the embedding width D."""
-    if len({tensor.shape[1] for tensor in tensors.values()}) > 1:
+    first, *rest = tensors.values()
+    if any(tensor.shape[1] != first.shape[1] for tensor in rest):
         got = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
         raise ShapeError(f"{op}: {' and '.join(tensors)} must have one embedding width D (columns); got {got}")
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("vlmfast", "FRAGMENT")
 
@@ -15,7 +16,7 @@ class Op:
 
     custom_op reads the schema anew for every argument of every differentiable call: with a dozen arguments that takes
     longer than a small loss. Autocast is off inside the body, whatever it is outside. An op without a registered
-    gradient raises when it is asked for one.
+    gradient raises when it is asked for one, and every op when it is asked for a derivative in forward mode.
     """
 
     def __init__(self, name: str, body: Callable) -> None:
@@ -62,6 +63,9 @@ class Op:
                 return op.overload(*inputs)
 
         def kernel(*inputs):
+            # Autograd would take the tangents of a function without a jvp to be zero.
+            if forward_ad._current_level >= 0 and any(map(_has_tangent, inputs)):
+                raise RuntimeError(f"{op._name} has no derivative in forward mode: use backward, not jvp")
             tracked = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
             return Node.apply(*inputs) if tracked else below(*inputs)
 
@@ -71,6 +75,10 @@ class Op:
 def op(name: str) -> Callable[[Callable], Op]:
     """Decorates the body of an op: its annotations are the schema, and it changes none of its arguments."""
     return lambda body: Op(name, body)
+
+
+def _has_tangent(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
 def _outside_autocast(body: Callable) -> Callable:

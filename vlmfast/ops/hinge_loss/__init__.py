@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from types import ModuleType
 
 import torch
@@ -38,7 +37,7 @@ def vse_loss(
     The reduction is the paper's: a sum, not a mean, so the gradient grows with the batch. Divide by B for a mean.
     A hinge that is exactly zero passes no gradient; of equally hard foreigners, the one of lowest index counts.
     The gradients are computed in the forward pass and kept for backward in float32: [B, D] for each side that needs
-    one. Second derivatives are refused.
+    one. Second derivatives and forward mode are refused.
 
     Args:
         image: [B, D] embeddings, any length > 0 (a zero row stays zero). float32, bfloat16 or float16; float64 runs
@@ -52,7 +51,7 @@ def vse_loss(
     Raises:
         ShapeError: image and text differ in shape, are not matrices or are empty.
         DTypeError: a tensor is not floating.
-        ValueError: margin is negative or not finite.
+        ValueError: margin is negative, or not finite in float32.
         BackendError: a forced backend cannot run the call.
     Source: Kiros et al. 2014, "Unifying visual-semantic embeddings", eq. 9; Faghri et al. 2018, "VSE++", eqs. 4 and 6.
         We clamp lengths at 1e-12; the papers do not.
@@ -62,8 +61,8 @@ def vse_loss(
     _check.same_shape(op, image=image, text=text)
     _check.floating(op, image=image, text=text)
     _check.same_device(op, image=image, text=text)
-    if not 0 <= margin < math.inf:
-        raise ValueError(f"{op}: margin must be finite and at least 0; got {margin}")
+    if not 0 <= margin <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{op}: margin must be at least 0 and finite in float32; got {margin}")
     _check.sound_values(op, normalize, image=image, text=text)
 
     grad = torch.is_grad_enabled()
@@ -98,10 +97,13 @@ def _setup_context(ctx, inputs, output):
     ctx.needs = needs
     ctx.dtypes = image.dtype, text.dtype
     ctx.mark_non_differentiable(*gradients)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*gradients)
 
 
 def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 8
     if torch.is_grad_enabled():
         raise RuntimeError("vse_loss: its gradient cannot be differentiated again; call without create_graph=True")
     dimage, dtext = ctx.saved_tensors

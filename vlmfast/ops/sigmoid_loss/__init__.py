@@ -33,7 +33,7 @@ def siglip_loss(
         -logsigmoid(t * z).sum() / B
 
     The gradients are computed in the forward pass, where rows and columns are not coupled, and kept for backward in
-    float32: [B, D] for each side that needs one. Second derivatives are refused.
+    float32: [B, D] for each side that needs one. Second derivatives and forward mode are refused.
 
     Args:
         image: [B, D] embeddings, any length > 0 (a zero row stays zero). float32, bfloat16 or float16; float64 runs
@@ -106,10 +106,13 @@ def _setup_context(ctx, inputs, output):
     ctx.needs = needs
     ctx.dtypes = image.dtype, text.dtype
     ctx.mark_non_differentiable(*gradients)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*gradients)
 
 
 def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 9
     if torch.is_grad_enabled():
         raise RuntimeError("siglip_loss: its gradient cannot be differentiated again; call without create_graph=True")
     dimage, dtext, dscale, dbias = ctx.saved_tensors

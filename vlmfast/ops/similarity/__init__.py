@@ -29,7 +29,7 @@ def normalized_similarity(
     Equals:
         normalize(query) @ normalize(items).T
 
-    Backward keeps the two inputs and recomputes their unit rows. Second derivatives are refused.
+    Backward keeps the two inputs and recomputes their unit rows. Second derivatives and forward mode are refused.
 
     Args:
         query: [M, D] embeddings, any length > 0 (a zero row stays zero). float32, bfloat16 or float16; float64 runs
@@ -82,8 +82,8 @@ def similarity_topk(
     """
     op = "similarity_topk"
     backend = _checked(op, query, items, normalize)
-    if not 1 <= k <= len(items):
-        raise ShapeError(f"{op}: k must be in [1, N = {len(items)}], the number of items; got {k}")
+    if not 1 <= k <= items.shape[0]:
+        raise ShapeError(f"{op}: k must be in [1, N = {items.shape[0]}], the number of items; got {k}")
     return _similarity_topk(query.detach(), items.detach(), k, normalize, backend)
 
 
@@ -117,21 +117,21 @@ def rank_counts(
     Raises:
         ShapeError: query or items is not a matrix or is empty, their widths differ, or positives is not [M] or [M, P].
         DTypeError: query or items is not floating, or positives is not int64.
-        ValueError: a positive is not in [-1, N) (looked at on the CPU; on other devices under VLMFAST_DEBUG=1 only,
-            else it counts as -1); under VLMFAST_DEBUG=1, a query has no positive.
+        ValueError: a positive is not in [-1, N) (looked at on the CPU outside torch.compile; elsewhere under
+            VLMFAST_DEBUG=1 only, else it counts as -1); under VLMFAST_DEBUG=1, a query has no positive.
         BackendError: a forced backend cannot run the call.
     Source: Faghri et al. 2018, "VSE++", section 4: the rank of an image's best caption. They leave ties to the sort.
     """
     op = "rank_counts"
     backend = _checked(op, query, items, normalize)
-    if positives.dim() not in (1, 2) or len(positives) != len(query) or positives.numel() == 0:
+    if positives.dim() not in (1, 2) or positives.shape[0] != query.shape[0] or positives.numel() == 0:
         raise ShapeError(
-            f"{op}: positives must be [M] or [M, P] with M = {len(query)} queries; got {tuple(positives.shape)}"
+            f"{op}: positives must be [M] or [M, P] with M = {query.shape[0]} queries; got {tuple(positives.shape)}"
         )
     _check.is_integer(op, positives=positives)
     _check.same_device(op, query=query, positives=positives)
-    positives = _in_range(op, positives.reshape(len(query), -1), len(items))
-    return _rank_counts(query, items, positives, normalize, backend)
+    positives = _in_range(op, positives.reshape(query.shape[0], -1), items.shape[0])
+    return _rank_counts(query.detach(), items.detach(), positives, normalize, backend)
 
 
 def _in_range(op: str, positives: Tensor, N: int) -> Tensor:
@@ -163,7 +163,7 @@ def _normalized_similarity(query: Tensor, items: Tensor, normalize: bool, backen
 
 @_normalized_similarity.register_fake
 def _(query, items, normalize, backend):
-    return query.new_empty(len(query), len(items), dtype=accumulator(query, items))
+    return query.new_empty(query.shape[0], items.shape[0], dtype=accumulator(query, items))
 
 
 @_library.op("normalized_similarity_backward")
@@ -209,7 +209,7 @@ def _similarity_topk(query: Tensor, items: Tensor, k: int, normalize: bool, back
 
 @_similarity_topk.register_fake
 def _(query, items, k, normalize, backend):
-    values = query.new_empty(len(query), k, dtype=accumulator(query, items))
+    values = query.new_empty(query.shape[0], k, dtype=accumulator(query, items))
     return values, torch.empty_like(values, dtype=torch.int64)
 
 
@@ -222,5 +222,5 @@ def _rank_counts(
 
 @_rank_counts.register_fake
 def _(query, items, positives, normalize, backend):
-    above = query.new_empty(len(query), dtype=torch.int64)
+    above = query.new_empty(query.shape[0], dtype=torch.int64)
     return above, torch.empty_like(above)
