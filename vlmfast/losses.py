@@ -17,7 +17,8 @@ class ClipLoss(nn.Module):
     Equals open_clip's, in float32 whatever the features' dtype and without the two [B, B] logit matrices:
         (F.cross_entropy(per_image, arange(B)) + F.cross_entropy(per_text, arange(B))) / 2
 
-    A subclass that overrides `get_logits` or `get_ground_truth` is obeyed: its logits are computed, [B, B] and all.
+    A subclass that overrides `get_logits` or `get_ground_truth` is obeyed: its logits are computed as open_clip does,
+    [B, B] and in the dtype that they come in.
 
     Args:
         local_loss: with world_size 1 without effect, as are gather_with_grad and rank.
@@ -109,7 +110,7 @@ class ClipLoss(nn.Module):
             logit_bias: [] or [1]. A bias changes no softmax; it gets a gradient of zero, so that
                 DistributedDataParallel finds it used.
             output_dict: return {"contrastive_loss": loss} instead.
-        Returns: [] float32, or the dict.
+        Returns: [] float32 (a subclass's own logits: as cross_entropy returns it), or the dict.
         Raises: what `vlmfast.clip_loss` raises.
         """
         if self._has_own_logits():
@@ -209,7 +210,8 @@ class SigLipLoss(nn.Module):
     Equals open_clip's, in float32 whatever the features' dtype and without the [B, B] logits:
         -F.logsigmoid((2 * eye(B) - 1) * logits).sum() / B
 
-    A subclass that overrides `get_logits` or `get_ground_truth` is obeyed: its logits are computed, [B, B] and all.
+    A subclass that overrides `_loss`, `get_logits` or `get_ground_truth` is obeyed. With logits or signs of its own, or
+    with `negative_only`, the logits are computed as open_clip does, [B, B] and in the dtype that they come in.
 
     Args:
         cache_labels: kept as an attribute; no labels are made, so there is nothing to cache.
@@ -297,18 +299,30 @@ class SigLipLoss(nn.Module):
             logit_scale: [] or [1], the multiplier itself (exp already applied).
             logit_bias: [] or [1]; None is 0.
             output_dict: return {"contrastive_loss": loss} instead.
-        Returns: [] float32, or the dict.
+        Returns: [] float32 (a subclass's own logits or signs: in their dtype), or the dict.
         Raises: what `vlmfast.siglip_loss` raises.
         """
-        own = type(self)
-        if own.get_logits is not SigLipLoss.get_logits or own.get_ground_truth is not SigLipLoss.get_ground_truth:
-            logits = self.get_logits(image_features, text_features, logit_scale, logit_bias)
-            signs = self.get_ground_truth(image_features.device, image_features.dtype, len(image_features))
-            loss = -nn.functional.logsigmoid(signs * logits).sum() / len(image_features)
-        else:
-            bias = 0.0 if logit_bias is None else logit_bias
-            loss = siglip_loss(image_features, text_features, logit_scale, bias, normalize=False)
+        loss = self._loss(image_features, text_features, logit_scale, logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def _loss(
+        self,
+        image_features: Tensor,  # [B, D]
+        text_features: Tensor,  # [B, D]
+        logit_scale: Tensor,  # [] or [1]
+        logit_bias: Tensor | None = None,
+        negative_only: bool = False,
+    ) -> Tensor:
+        """The loss of one block of pairs; with `negative_only`, of a block without true pairs. open_clip's name."""
+        own = type(self)
+        own_logits = own.get_logits is not SigLipLoss.get_logits
+        if negative_only or own_logits or own.get_ground_truth is not SigLipLoss.get_ground_truth:
+            logits = self.get_logits(image_features, text_features, logit_scale, logit_bias)
+            B, device, dtype = image_features.shape[0], image_features.device, image_features.dtype
+            signs = self.get_ground_truth(device, dtype, B, negative_only=negative_only)
+            return -nn.functional.logsigmoid(signs * logits).sum() / B
+        bias = 0.0 if logit_bias is None else logit_bias
+        return siglip_loss(image_features, text_features, logit_scale, bias, normalize=False)
 
 
 class VseLoss(nn.Module):
@@ -353,7 +367,7 @@ class VseLoss(nn.Module):
         Raises: what `vlmfast.vse_loss` raises.
         """
         loss = vse_loss(image, text, self.margin, hardest=self.hardest, normalize=self.normalize)
-        return loss / len(image) if self.reduction == "mean" else loss
+        return loss / image.shape[0] if self.reduction == "mean" else loss
 
 
 def _one_process(name: str, world_size: int) -> None:

@@ -109,6 +109,47 @@ def test_a_subclass_with_its_own_logits_is_obeyed(backend):
     torch.testing.assert_close(Friends()(image, text, scale, bias), expected)
 
 
+def open_clip_block_loss(image_features, text_features, logit_scale, logit_bias):
+    """SigLipLoss._loss of open_clip with negative_only=True: features of another rank, none of which is a partner."""
+    logits = logit_scale * image_features @ text_features.T + logit_bias
+    labels = -torch.ones(len(image_features), len(image_features), dtype=image_features.dtype)
+    return -F.logsigmoid(labels * logits).sum() / image_features.shape[0]
+
+
+def test_the_loss_of_a_block_as_open_clips_trainers_call_it(backend):
+    inputs = features()
+    loss = SigLipLoss()
+    assert torch.equal(loss._loss(*inputs), loss(*inputs))
+    ours, theirs = loss._loss(*inputs, negative_only=True), open_clip_block_loss(*inputs)
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs), strict=True):
+        torch.testing.assert_close(a, b)
+    names = ["self", "image_features", "text_features", "logit_scale", "logit_bias", "negative_only"]
+    parameters = inspect.signature(SigLipLoss._loss).parameters
+    assert list(parameters) == names
+    assert (parameters["logit_bias"].default, parameters["negative_only"].default) == (None, False)
+
+
+def test_a_subclass_with_its_own_loss_is_obeyed(backend):
+    class Halved(SigLipLoss):
+        def _loss(self, image_features, text_features, logit_scale, logit_bias=None, negative_only=False):
+            return super()._loss(image_features, text_features, logit_scale, logit_bias, negative_only) / 2
+
+    inputs = features()
+    assert torch.equal(Halved()(*inputs), SigLipLoss()(*inputs) / 2)
+    assert torch.equal(Halved()(*inputs, output_dict=True)["contrastive_loss"], SigLipLoss()(*inputs) / 2)
+
+
+def test_a_subclass_s_logits_keep_their_dtype(backend):
+    class Same(SigLipLoss):
+        def get_logits(self, *arguments):
+            return super().get_logits(*arguments)
+
+    image, text, scale, bias = features(dtype=torch.bfloat16)
+    assert SigLipLoss()(image, text, scale, bias).dtype == torch.float32
+    assert Same()(image, text, scale, bias).dtype == torch.bfloat16
+
+
 def test_nothing_of_the_size_of_the_logits_is_held(backend):
     image, text, scale, bias = features(1200, 8)
     with Watch(1200 * 1200):
