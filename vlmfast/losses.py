@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from vlmfast.errors import BackendError
+from vlmfast.ops import _check
 from vlmfast.ops.hinge_loss import vse_loss
 from vlmfast.ops.sigmoid_loss import siglip_loss
 from vlmfast.ops.softmax_loss import clip_loss, info_nce_loss
@@ -17,8 +20,8 @@ class ClipLoss(nn.Module):
     Equals open_clip's, in float32 whatever the features' dtype and without the two [B, B] logit matrices:
         (F.cross_entropy(per_image, arange(B)) + F.cross_entropy(per_text, arange(B))) / 2
 
-    A subclass that overrides `get_logits` or `get_ground_truth` is obeyed: its logits are computed as open_clip does,
-    [B, B] and in the dtype that they come in.
+    A subclass or patch that replaces `get_logits` or `get_ground_truth` is obeyed: its logits are computed as open_clip
+    does, [B, B] and in the dtype that they come in.
 
     Args:
         local_loss: with world_size 1 without effect, as are gather_with_grad and rank.
@@ -113,17 +116,14 @@ class ClipLoss(nn.Module):
         Returns: [] float32 (a subclass's own logits: as cross_entropy returns it), or the dict.
         Raises: what `vlmfast.clip_loss` raises.
         """
-        if self._has_own_logits():
+        if not (_is(self, "get_logits", _CLIP_LOGITS) and _is(self, "get_ground_truth", _CLIP_LABELS)):
             loss = self._loss_of_own_logits(image_features, text_features, logit_scale, logit_bias)
         else:
             loss = clip_loss(image_features, text_features, logit_scale, normalize=False)
-            if logit_bias is not None:
+            if isinstance(logit_bias, Tensor):
+                _check.is_scalar("ClipLoss", logit_bias=logit_bias)
                 loss = loss + 0.0 * logit_bias.sum().to(loss.dtype)
         return {"contrastive_loss": loss} if output_dict else loss
-
-    def _has_own_logits(self) -> bool:
-        own = type(self)
-        return own.get_logits is not ClipLoss.get_logits or own.get_ground_truth is not ClipLoss.get_ground_truth
 
     def _loss_of_own_logits(
         self, image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor | None
@@ -133,6 +133,9 @@ class ClipLoss(nn.Module):
         labels = self.get_ground_truth(image.device, per_image.shape[0])
         cross_entropy = nn.functional.cross_entropy
         return (cross_entropy(per_image, labels) + cross_entropy(per_text, labels)) / 2
+
+
+_CLIP_LOGITS, _CLIP_LABELS = ClipLoss.get_logits, ClipLoss.get_ground_truth
 
 
 class InfoNceLoss(nn.Module):
@@ -210,8 +213,8 @@ class SigLipLoss(nn.Module):
     Equals open_clip's, in float32 whatever the features' dtype and without the [B, B] logits:
         -F.logsigmoid((2 * eye(B) - 1) * logits).sum() / B
 
-    A subclass that overrides `_loss`, `get_logits` or `get_ground_truth` is obeyed. With logits or signs of its own, or
-    with `negative_only`, the logits are computed as open_clip does, [B, B] and in the dtype that they come in.
+    A subclass or patch that replaces `_loss`, `get_logits` or `get_ground_truth` is obeyed. With logits or signs of its
+    own, or with `negative_only`, the logits are computed as open_clip does, [B, B] and in the dtype that they come in.
 
     Args:
         cache_labels: kept as an attribute; no labels are made, so there is nothing to cache.
@@ -314,15 +317,17 @@ class SigLipLoss(nn.Module):
         negative_only: bool = False,
     ) -> Tensor:
         """The loss of one block of pairs; with `negative_only`, of a block without true pairs. open_clip's name."""
-        own = type(self)
-        own_logits = own.get_logits is not SigLipLoss.get_logits
-        if negative_only or own_logits or own.get_ground_truth is not SigLipLoss.get_ground_truth:
+        ours = _is(self, "get_logits", _SIGLIP_LOGITS) and _is(self, "get_ground_truth", _SIGLIP_SIGNS)
+        if negative_only or not ours:
             logits = self.get_logits(image_features, text_features, logit_scale, logit_bias)
             B, device, dtype = image_features.shape[0], image_features.device, image_features.dtype
             signs = self.get_ground_truth(device, dtype, B, negative_only=negative_only)
             return -nn.functional.logsigmoid(signs * logits).sum() / B
         bias = 0.0 if logit_bias is None else logit_bias
         return siglip_loss(image_features, text_features, logit_scale, bias, normalize=False)
+
+
+_SIGLIP_LOGITS, _SIGLIP_SIGNS = SigLipLoss.get_logits, SigLipLoss.get_ground_truth
 
 
 class VseLoss(nn.Module):
@@ -375,3 +380,8 @@ def _one_process(name: str, world_size: int) -> None:
         raise BackendError(
             f"{name}: world_size must be 1, as losses across processes are not part of vlmfast yet; got {world_size}"
         )
+
+
+def _is(loss: nn.Module, name: str, original: Any) -> bool:
+    """Whether a method is the one written above: no subclass's, and none set on the class or on the module."""
+    return name not in loss.__dict__ and getattr(type(loss), name) is original

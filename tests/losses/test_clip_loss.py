@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from vlmfast import ClipLoss, InfoNceLoss, clip_loss, info_nce_loss, use_backend
-from vlmfast.errors import BackendError, VlmfastError
+from vlmfast.errors import BackendError, ShapeError, VlmfastError
 from vlmfast.ops.softmax_loss import IMPLS
 from vlmfast.testing import assert_accurate, pairs
 
@@ -153,6 +153,39 @@ def test_a_subclass_s_logits_are_obeyed(backend):
     z, labels = scale * image @ text.T, labels.roll(1)
     expected = (F.cross_entropy(z, labels) + F.cross_entropy(z.T, labels)) / 2
     torch.testing.assert_close(Rolled()(image, text, scale, output_dict=True)["contrastive_loss"], expected)
+
+
+@pytest.mark.parametrize("where", ["instance", "class"])
+def test_a_patched_method_is_obeyed(monkeypatch, where):
+    image, text, scale = features()
+    expected = ClipLoss()(image, text.roll(1, 0), scale)  # text j is now that of image j + 1
+    with monkeypatch.context() as patch:
+        loss = ClipLoss()
+        rolled = loss.get_ground_truth(image.device, 65).roll(-1)
+        target = loss if where == "instance" else ClipLoss
+        patch.setattr(target, "get_ground_truth", lambda *_: rolled)
+        z = scale * image @ text.T
+        by_hand = (F.cross_entropy(z, rolled) + F.cross_entropy(z.T, rolled)) / 2
+        torch.testing.assert_close(loss(image, text, scale), by_hand)
+    with monkeypatch.context() as patch:
+        loss = ClipLoss()
+        own = loss.get_logits
+        target = loss if where == "instance" else ClipLoss
+
+        def rolled_logits(*args):
+            image, text, *rest = args[-3:]
+            return own(image, text.roll(1, 0), *rest)
+
+        patch.setattr(target, "get_logits", rolled_logits)
+        torch.testing.assert_close(loss(image, text, scale), expected)
+
+
+def test_a_bias_may_be_a_number_and_must_be_one():
+    image, text, scale = features()
+    loss = ClipLoss()
+    assert torch.equal(loss(image, text, scale, -2.0), loss(image, text, scale))
+    with pytest.raises(ShapeError, match=r"ClipLoss: logit_bias must hold one number.*\(65,\)"):
+        loss(image, text, scale, torch.zeros(65))
 
 
 def test_a_subclass_of_forward_alone_keeps_the_fused_loss(backend, monkeypatch):

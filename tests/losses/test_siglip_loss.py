@@ -195,3 +195,12 @@ def test_refusals():
     image, text, scale, bias = features()
     with pytest.raises(ShapeError, match=r"siglip_loss: image and text .*\(33, 20\).*\(32, 20\)"):
         SigLipLoss()(image, text[:32], scale, bias)
+
+
+@pytest.mark.parametrize("where", ["instance", "class"])
+def test_a_patched_method_is_obeyed(monkeypatch, where):
+    (image, text, scale), loss = pairs(33, 20), SigLipLoss()
+    expected = -F.logsigmoid(-scale * image @ text.T).sum() / 33
+    target = loss if where == "instance" else SigLipLoss
+    monkeypatch.setattr(target, "get_ground_truth", lambda *_, **__: -torch.ones(33, 33))
+    torch.testing.assert_close(loss(image, text, scale, None), expected)
