@@ -35,7 +35,7 @@ type: $(VENV)/.pinned
 	$(BIN)/mypy
 
 nm: $(VENV)/.native ## the objects of an instruction set export nothing that another set's could replace
-	$(BIN)/python tests/csrc/check_symbols.py $(wildcard build/temp*)
+	$(BIN)/python tests/csrc/check_symbols.py build/temp*
 
 asan: $(VENV)/.pinned ## the kernels' own tests under the address and undefined-behaviour sanitizers
 	$(BIN)/cmake -S . -B build/asan -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DVLMFAST_SANITIZE=ON
