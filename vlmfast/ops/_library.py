@@ -15,8 +15,9 @@ class Op:
     """torch.ops.vlmfast.<name>, with `register_fake` and `register_autograd` as torch.library.custom_op has them.
 
     custom_op reads the schema anew for every argument of every differentiable call: with a dozen arguments that takes
-    longer than a small loss. Autocast is off inside the body, whatever it is outside. An op without a registered
-    gradient raises when it is asked for one, and every op when it is asked for a derivative in forward mode.
+    longer than a small loss. A call that only autograd wants to see goes to the body without the dispatcher, for the
+    same reason. Autocast is off inside the body, whatever it is outside. An op without a registered gradient raises
+    when it is asked for one, and every op when it is asked for a derivative in forward mode.
     """
 
     def __init__(self, name: str, body: Callable) -> None:
@@ -24,13 +25,19 @@ class Op:
         schema = torch.library.infer_schema(body, mutates_args=())
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         self.overload = getattr(torch.ops.vlmfast, name).default
-        _LIBRARY.impl(name, _outside_autocast(body), "CompositeExplicitAutograd")
+        body = _outside_autocast(body)
+        _LIBRARY.impl(name, body, "CompositeExplicitAutograd")
         self._setup_context: Callable | None = None
         self._backward: Callable | None = None
-        _LIBRARY.impl(name, self._autograd(), "Autograd")
+        self._direct = self._autograd(body)
+        _LIBRARY.impl(name, self._autograd(self._below_autograd), "Autograd")
 
     def __call__(self, *args: Any) -> Any:
-        return self.overload(*args)
+        return self.overload(*args) if _watched(args) else self._direct(*args)
+
+    def _below_autograd(self, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload(*args)
 
     def register_fake(self, fake: Callable) -> Callable:
         """Decorates the function that tells shapes and dtypes without computing."""
@@ -41,7 +48,8 @@ class Op:
         """The gradient: backward(ctx, *gradients), after setup_context(ctx, inputs, output) in the forward."""
         self._backward, self._setup_context = backward, setup_context
 
-    def _autograd(self) -> Callable:
+    def _autograd(self, below: Callable) -> Callable:
+        """`below` with the gradient around it, where an input wants one."""
         op = self
 
         class Node(torch.autograd.Function):
@@ -58,10 +66,6 @@ class Op:
                     raise RuntimeError(f"{op._name} has no gradient: call without create_graph=True")
                 return op._backward(ctx, *gradients)
 
-        def below(*inputs):
-            with torch._C._AutoDispatchBelowAutograd():
-                return op.overload(*inputs)
-
         def kernel(*inputs):
             # Autograd would take the tangents of a function without a jvp to be zero.
             if forward_ad._current_level >= 0 and any(map(_has_tangent, inputs)):
@@ -75,6 +79,16 @@ class Op:
 def op(name: str) -> Callable[[Callable], Op]:
     """Decorates the body of an op: its annotations are the schema, and it changes none of its arguments."""
     return lambda body: Op(name, body)
+
+
+def _watched(args: tuple) -> bool:
+    """Whether somebody besides autograd may want to see the call: a compiler, a transform, a mode, a kind of tensor."""
+    if torch.compiler.is_compiling():
+        return True
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    tensors = [x for x in args if isinstance(x, torch.Tensor)]
+    return any(type(x) not in (torch.Tensor, torch.nn.Parameter) or x.is_meta for x in tensors)
 
 
 def _has_tangent(value: Any) -> bool:
