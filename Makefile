@@ -5,13 +5,19 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 NATIVE := CMakeLists.txt setup.py $(shell find csrc -type f)
 
-.PHONY: demo test setup fmt lint type nm asan bench test-noext gpu-check clean
+.PHONY: demo test test-noext setup bench fmt lint type nm asan clean
 
 demo: $(VENV)/.native ## train CLIP on real digits through the fused loss, and measure what it saves
 	$(BIN)/vlmfast demo --out demo
 
 test: $(VENV)/.native ## every test
 	VLMFAST_REQUIRE=cpu $(BIN)/python -m pytest
+
+test-noext: $(VENV)/.pinned ## every test as on a machine without a compiler: the reference alone
+	VLMFAST_NO_EXT=1 $(BIN)/python -m pytest
+
+bench: $(VENV)/.native ## every op beside its rivals, under pytest-benchmark
+	$(BIN)/python -m pytest benchmarks/ops
 
 setup: $(VENV)/.native ## the virtual environment, pinned, with the extension built
 
