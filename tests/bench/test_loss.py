@@ -236,7 +236,6 @@ def test_the_table_names_everyone_and_every_reason(small, capsys, monkeypatch):
 
 
 def test_the_plot_is_a_picture(small, tmp_path):
-    pytest.importorskip("matplotlib")
     result = small(providers="vlmfast,eager-one")
     report.write(result, None, None, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

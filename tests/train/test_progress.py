@@ -3,7 +3,6 @@
 import io
 import sys
 
-import pytest
 from standin import train
 
 from vlmfast.train import progress
@@ -44,7 +43,6 @@ def test_a_line_each_few_seconds(monkeypatch):
 
 
 def test_a_bar_on_a_terminal():
-    pytest.importorskip("rich")
     text = tell(Terminal())
     assert "\x1b[" in text
     for part in ("50/50", "contrastive_loss 1.2346", "4,322 samples/s", "zero_shot/acc1 [0.97]"):

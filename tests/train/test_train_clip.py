@@ -14,8 +14,6 @@ from vlmfast.models import build_clip, load_config
 from vlmfast.ops.softmax_loss import info_nce_loss
 from vlmfast.train import adamw, fit, parameter_groups, read_metrics, warmup_cosine
 
-pytest.importorskip("sklearn")
-pytest.importorskip("tokenizers")
 STEPS = 40
 LOSS = "train/contrastive_loss"
 
