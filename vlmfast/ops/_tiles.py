@@ -1,0 +1,481 @@
+"""What the Triton kernels share: tiles of S = x yᵀ from the matrix unit, their configuration, and gradients from G.
+
+Every op is one kernel over tiles of S: `products` computes the tile, a few lines of the op's own use it up.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlmfast.ops._unit import SHORTEST
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    MISSING = ""
+except ImportError as _error:
+
+    class _Absent:
+        """Kernels are defined all the same, and never run: `unsupported` says why."""
+
+        constexpr = staticmethod(lambda value: value)
+
+        @staticmethod
+        def jit(function=None, **options):
+            return function or (lambda function: function)
+
+    triton = tl = _Absent  # type: ignore[assignment]
+    MISSING = f"Triton cannot be imported ({_error}); run: pip install 'vlmfast[triton]'"
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+"""Kernels run on CPU tensors, one after the other, in numpy."""
+
+PRECISION = os.environ.get("VLMFAST_PRECISION", "ieee" if INTERPRET else "bf16x3")
+"""How float32 embeddings are multiplied. "bf16x3": as two bfloat16 parts, three products. "tf32": rounded to 11 bits.
+"ieee": in float32, without the matrix unit; then gradient tiles of bfloat16 and float16 calls are float32, too."""
+
+MAX_WORKSPACE = 2**27
+"""Bytes of gradient tiles that exist at one time: 8192 × 8192 of bfloat16."""
+
+EDGE = 16384
+"""Rows and columns of S that one launch of a forward kernel reduces; bounds the partial results."""
+
+LN2 = math.log(2)
+LOG2E = tl.constexpr(1.4426950408889634)
+NONE = tl.constexpr(-3.0e38)  # the reference of an empty sum: below any other, and its difference to itself is 0
+
+
+def unsupported(x: Tensor, y: Tensor) -> str | None:
+    """None, or why the Triton kernels cannot take this pair of matrices."""
+    if MISSING:
+        return MISSING
+    for tensor in (x, y):
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"its kernels take float32, bfloat16 and float16; a tensor is {tensor.dtype}"
+        if tensor.device.type == "cpu" and not INTERPRET:
+            return "its kernels run on a GPU; a tensor is on the cpu (TRITON_INTERPRET=1 runs them there, slowly)"
+        if tensor.device.type not in ("cpu", "cuda"):
+            return f"its kernels run on a GPU; a tensor is on {tensor.device}"
+    if x.device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(x.device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(x.device)
+        return f"its kernels need compute capability 8.0 or later; {torch.cuda.get_device_name(x.device)} has " + (
+            f"{major}.{minor}"
+        )
+    return None
+
+
+# Configuration
+
+
+class Config(NamedTuple):
+    """The shape of a tile, and how a program computes it."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+# Target -> bytes of an operand's number -> (largest D, configuration). benchmarks/compile_gates.py says that they spill
+# nothing; they have not been timed on a GPU.
+CONFIGS: dict[str, dict[int, tuple[tuple[int, Config], ...]]] = {
+    "sm_80": {
+        2: ((128, Config(128, 128, 32, 8, 3)), (2**31, Config(128, 128, 64, 8, 3))),
+        4: ((2**31, Config(64, 64, 32, 8, 3)),),
+    },
+    "sm_90": {
+        2: ((128, Config(128, 128, 64, 8, 2)), (2**31, Config(128, 128, 64, 8, 3))),
+        4: ((2**31, Config(64, 64, 32, 8, 3)),),
+    },
+    "sm_100": {
+        2: ((128, Config(128, 128, 64, 8, 2)), (2**31, Config(128, 128, 64, 8, 3))),
+        4: ((2**31, Config(64, 64, 32, 8, 3)),),
+    },
+    "gfx942": {
+        2: ((2**31, Config(128, 128, 32, 8, 2)),),
+        4: ((2**31, Config(64, 64, 32, 8, 2)),),
+    },
+    "interpreter": {
+        2: ((2**31, Config(64, 256, 128, 4, 1)),),
+        4: ((2**31, Config(64, 256, 128, 4, 1)),),
+    },
+}
+
+
+def target(device: torch.device) -> str:
+    """The row of CONFIGS for a device: the newest that is not newer than it."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    return {8: "sm_80", 9: "sm_90"}.get(torch.cuda.get_device_capability(device)[0], "sm_100")
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config | None = None, **constants: Any) -> None:
+    """Runs a kernel on the device of its first argument, a tensor or a descriptor of one."""
+    device = getattr(args[0], "base", args[0]).device
+    if config is not None:
+        constants |= {"num_warps": config.warps, "num_stages": config.stages}
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*args, **constants)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+# The pair of matrices, as kernels read it
+
+
+@dataclass
+class Pair:
+    """x [M, D] and y [N, D], ready for `products`, with what its kernels are to be told."""
+
+    x: Tensor  # as the caller has them, contiguous
+    y: Tensor
+    x_rows: Tensor  # [M, D], or [M, 2 Dp] with the bfloat16 parts of each row side by side
+    y_rows: Tensor
+    x_inverse: Tensor  # [M] float32, 1 / length, or 1 where rows are taken as they are
+    y_inverse: Tensor
+    normalize: bool
+    split: bool  # rows are two bfloat16 parts
+    gradient: torch.dtype  # of a tile of G
+    config: Config
+    constants: dict[str, Any]  # of `products`
+
+    @property
+    def operands(self) -> tuple:
+        """The leading arguments of every kernel over tiles: x, y, and their inverse lengths."""
+        x, y = self.x_rows, self.y_rows
+        if self.constants["TMA"]:
+            x = TensorDescriptor.from_tensor(x, [self.config.block_m, self.config.block_k])
+            y = TensorDescriptor.from_tensor(y, [self.config.block_n, self.config.block_k])
+        return x, y, self.x_inverse, self.y_inverse
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """M, N, the depth of one part of a row, and the distance between rows."""
+        stride = self.x_rows.shape[1]
+        return len(self.x), len(self.y), stride // 2 if self.split else stride, stride
+
+
+def pair(x: Tensor, y: Tensor, normalize: bool, heavy: bool = False) -> Pair:
+    """Both sides in one dtype that the matrix unit multiplies, and their inverse lengths.
+
+    heavy: the op's own lines keep many numbers an element, for which half a tile has the registers.
+    """
+    x, y = x.contiguous(), y.contiguous()
+    inverses = [inverse_lengths(side) if normalize else torch.ones(len(side), device=x.device) for side in (x, y)]
+    where = target(x.device)
+    dtype = x.dtype if x.dtype == y.dtype else torch.float32
+    split = dtype == torch.float32 and PRECISION == "bf16x3"
+    gradient = torch.bfloat16 if split else torch.float32 if PRECISION == "ieee" else dtype
+    itemsize = 2 if split else dtype.itemsize
+    config = next(config for most, config in CONFIGS[where][itemsize] if x.shape[1] <= most)
+    rows = [parts(side, config.block_k) if split else side.to(dtype) for side in (x, y)]
+    stride = rows[0].shape[1] * itemsize
+    # The copy unit of Hopper takes rows that start on 16 bytes; without it, a tile's addresses take registers.
+    tma = where in ("sm_90", "sm_100") and stride % 16 == 0 and not any(side.data_ptr() % 16 for side in rows)
+    if config.block_n > 64 and (heavy or split or gradient == torch.float32 or not tma):
+        config = config._replace(block_n=config.block_n // 2)
+    constants = {
+        "TMA": tma,
+        "PARTS": 3 if split else 1,
+        "UPCAST": where == "interpreter",  # it multiplies the raw bits of bfloat16
+        "PRECISION": "tf32" if PRECISION == "tf32" and itemsize == 4 else "ieee",
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+    }
+    return Pair(x, y, rows[0], rows[1], inverses[0], inverses[1], normalize, split, gradient, config, constants)
+
+
+def parts(x: Tensor, block: int) -> Tensor:
+    """[M, 2 Dp] bfloat16: x rounded, then what the rounding left, rounded; each padded with zeros to whole blocks."""
+    x = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % block))
+    high = x.to(torch.bfloat16)
+    low = torch.where(high.isfinite(), x - high.float(), 0)  # infinity has no remainder
+    return torch.cat([high, low.to(torch.bfloat16)], 1)
+
+
+# Pieces of kernels
+
+
+@triton.jit
+def tile_at(pid, tiles_m, tiles_n):
+    """The row and column of tile number `pid`: eight rows of tiles are walked column by column, for the L2 cache."""
+    first = pid // (8 * tiles_n) * 8
+    height = tl.minimum(tiles_m - first, 8)
+    within = pid % (8 * tiles_n)
+    return first + within % height, within // height
+
+
+@triton.jit
+def load_rows(x, at, k, rows, D, stride):
+    """[rows, k] numbers of a matrix, 0 outside it."""
+    inside = (at < rows)[:, None] & (k < D)[None, :]
+    return tl.load(x + at.to(tl.int64)[:, None] * stride + k[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def products(
+    x,  # [M, stride], a pointer or a descriptor
+    y,  # [N, stride]
+    m0,
+    n0,
+    M,
+    N,
+    D,  # depth of one part
+    stride,
+    TMA: tl.constexpr,
+    PARTS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """[BLOCK_M, BLOCK_N] float32: rows m0 onwards of x times rows n0 onwards of y, 0 outside either."""
+    s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, PARTS * D, BLOCK_K):
+        x_k, y_k = k, k
+        if PARTS == 3:  # x = high | low: high·high, high·low, low·high; low·low is below what float32 keeps of a sum
+            x_k = tl.where(k >= D, k - D, k)
+            y_k = tl.where(k >= 2 * D, k - 2 * D, k)
+        if TMA:
+            a = x.load([m0, x_k])
+            b = y.load([n0, y_k])
+        else:
+            a = load_rows(x, m0 + tl.arange(0, BLOCK_M), x_k + tl.arange(0, BLOCK_K), M, stride, stride)
+            b = load_rows(y, n0 + tl.arange(0, BLOCK_N), y_k + tl.arange(0, BLOCK_K), N, stride, stride)
+        if UPCAST:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        s = tl.dot(a, b.T, s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
+def store_gradient(g, G, m, n, rows, cols, stride, plane, SPLIT: tl.constexpr):
+    """Writes a tile of the workspace; with SPLIT as two bfloat16 parts, `plane` numbers apart."""
+    at = m.to(tl.int64)[:, None] * stride + n[None, :]
+    inside = (m < rows)[:, None] & (n < cols)[None, :]
+    high = g.to(G.dtype.element_ty)
+    tl.store(G + at, high, mask=inside)
+    if SPLIT:
+        tl.store(G + plane + at, (g - high.to(tl.float32)).to(G.dtype.element_ty), mask=inside)
+
+
+# Kernels over rows
+
+
+@triton.jit(do_not_specialize=["M"])
+def _inverse_lengths(x, inverse, M, D, shortest, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    square = tl.zeros([BLOCK_M], tl.float32)
+    for k in range(0, D, BLOCK_K):
+        a = load_rows(x, m, k + tl.arange(0, BLOCK_K), M, D, D).to(tl.float32)
+        square += tl.sum(a * a, 1)
+    length = tl.sqrt_rn(square)
+    length = tl.where(length < shortest, shortest, length)  # a NaN stays
+    tl.store(inverse + m, tl.div_rn(1.0, length), mask=m < M)
+
+
+def inverse_lengths(x: Tensor) -> Tensor:
+    """[M] float32: 1 / the length of each row, clamped as in `unit_rows`."""
+    M, D = x.shape
+    inverse = torch.empty(M, dtype=torch.float32, device=x.device)
+    launch(_inverse_lengths, (cdiv(M, 32),), x, inverse, M, D, SHORTEST, BLOCK_M=32, BLOCK_K=128)
+    return inverse
+
+
+@triton.jit(do_not_specialize=["M", "N"])
+def _paired_cosines(
+    x,
+    y,
+    x_inverse,
+    y_inverse,
+    ids,
+    cosines,
+    M,
+    N,
+    D,
+    stride,
+    PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.load(ids + m, mask=m < M, other=-1)
+    n = tl.where((n >= 0) & (n < N), n, N)  # N: nobody
+    s = tl.zeros([BLOCK_M], tl.float32)
+    for k in range(0, D, BLOCK_K):
+        at = k + tl.arange(0, BLOCK_K)
+        a = load_rows(x, m, at, M, D, stride).to(tl.float32)
+        b = load_rows(y, n, at, N, D, stride).to(tl.float32)
+        s += tl.sum(a * b, 1)
+        if PARTS == 3:  # the same three products as in a tile, so that a pair's errors cancel against its tile's
+            s += tl.sum(a * load_rows(y, n, at + D, N, 2 * D, stride).to(tl.float32), 1)
+            s += tl.sum(load_rows(x, m, at + D, M, 2 * D, stride).to(tl.float32) * b, 1)
+    s *= tl.load(x_inverse + m, mask=m < M, other=0.0) * tl.load(y_inverse + n, mask=n < N, other=0.0)
+    tl.store(cosines + m, s, mask=m < M)
+
+
+def paired_cosines(p: Pair, ids: Tensor, swap: bool = False) -> Tensor:
+    """[M] float32: each x_i with y_ids[i], 0 where there is no such row; with `swap` each y_j with x_ids[j]."""
+    x, y, x_inverse, y_inverse = p.x_rows, p.y_rows, p.x_inverse, p.y_inverse
+    M, N, D, stride = p.sizes
+    if swap:
+        x, y, x_inverse, y_inverse, M, N = y, x, y_inverse, x_inverse, N, M
+    cosines = torch.empty(M, dtype=torch.float32, device=x.device)
+    constants: dict[str, Any] = {"PARTS": p.constants["PARTS"], "BLOCK_M": 32, "BLOCK_K": 64}
+    arguments = (x, y, x_inverse, y_inverse, ids, cosines, M, N, D, stride)
+    launch(_paired_cosines, (cdiv(M, 32),), *arguments, **constants)
+    return cosines
+
+
+@triton.jit(do_not_specialize=["M"])
+def _to_rows(
+    T,  # [M, D] float32
+    x,
+    inverse,
+    factor,  # [] float32
+    dx,
+    dots,  # [M] float32
+    M,
+    D,
+    FOLDED: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inv = tl.load(inverse + m, mask=m < M, other=0.0)
+    turn = tl.zeros([BLOCK_M], tl.float32) + 1.0 if FOLDED else inv
+    along = tl.zeros([BLOCK_M], tl.float32)
+    for k in range(0, D, BLOCK_K):
+        at = k + tl.arange(0, BLOCK_K)
+        a = load_rows(x, m, at, M, D, D).to(tl.float32)
+        along += tl.sum(load_rows(T, m, at, M, D, D) * turn[:, None] * a, 1)
+    tl.store(dots + m, along, mask=m < M)
+
+    # dx = factor (t - <t, x> x / |x|²): what points along a row cannot change its direction
+    radial = tl.zeros([BLOCK_M], tl.float32)
+    if NORMALIZE:
+        radial = tl.where(inv < 1e12, along * inv * inv, 0.0)  # lengths that were clamped are no lengths
+        radial = tl.where(inv != inv, inv, radial)
+    by = tl.load(factor)
+    for k in range(0, D, BLOCK_K):
+        at = k + tl.arange(0, BLOCK_K)
+        a = load_rows(x, m, at, M, D, D).to(tl.float32)
+        t = load_rows(T, m, at, M, D, D) * turn[:, None]
+        d = by * (t - radial[:, None] * a)
+        inside = (m < M)[:, None] & (at < D)[None, :]
+        tl.store(dx + m.to(tl.int64)[:, None] * D + at[None, :], d.to(dx.dtype.element_ty), mask=inside)
+
+
+# Gradients from tiles of G = dL/dS
+
+
+def blocks(M: int, N: int, height: int, width: int) -> Iterator[tuple[int, int, int, int]]:
+    """(first row, first column, rows, columns) of each block of a matrix, in the order of reading."""
+    for row in range(0, M, height):
+        for column in range(0, N, width):
+            yield row, column, min(height, M - row), min(width, N - column)
+
+
+class Gradients:
+    """dx and dy from S's gradient G, a block of G at a time: `for block in gradients.blocks(): fill .G; .add(block)`.
+
+    With `folded` lengths a tile holds G_ij / (|x_i| |y_j|), so that x and y are multiplied as they came in, unrounded.
+    float16 has no room for that: there the tile is G, and unit rows are rounded to float16.
+    """
+
+    def __init__(self, p: Pair, need_x: bool, need_y: bool) -> None:
+        self.pair, self.need_x, self.need_y = p, need_x, need_y
+        M, N, _, _ = p.sizes
+        D = p.x.shape[1]
+        self.folded = p.gradient != torch.float16
+        # The block that fits the workspace: square, but as wide as the matrix is when that is less high.
+        numbers = MAX_WORKSPACE // (4 if p.split else p.gradient.itemsize)
+        side = max(128, math.isqrt(numbers) // 128 * 128)
+        self.height = min(M, side)
+        self.width = min(N, max(side, numbers // self.height // 128 * 128))
+        self.height = min(M, max(self.height, numbers // self.width // 128 * 128))
+        planes = 2 if p.split else 1
+        self.G = torch.empty(planes, self.height, self.width, dtype=p.gradient, device=p.x.device)
+        self.x_factors = self._factors(p.x, p.x_rows, p.x_inverse)
+        self.y_factors = self._factors(p.y, p.y_rows, p.y_inverse)
+        self.dx = torch.empty(M if need_x else 0, D, dtype=torch.float32, device=p.x.device)
+        self.dy = torch.empty(N if need_y else 0, D, dtype=torch.float32, device=p.x.device)
+
+    def _factors(self, x: Tensor, rows: Tensor, inverse: Tensor) -> tuple[Tensor, ...]:
+        """The rows [M, D] that G is multiplied with; two parts of each if G is in two parts."""
+        D, p = x.shape[1], self.pair
+        if p.split:
+            return rows[:, :D], rows[:, rows.shape[1] // 2 :][:, :D]
+        if self.folded or not p.normalize:
+            return (x.to(p.gradient),)
+        return ((x * inverse[:, None]).to(p.gradient),)
+
+    def blocks(self) -> Iterator[tuple[int, int, int, int]]:
+        """The blocks of S, in a fixed order: sums over them are repeatable."""
+        return blocks(len(self.pair.x), len(self.pair.y), self.height, self.width)
+
+    @property
+    def workspace(self) -> tuple[Tensor, int, int]:
+        """The arguments that `store_gradient` needs: G, the distance between its rows, and between its parts."""
+        return self.G, self.width, self.height * self.width
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Of kernels that fill G."""
+        return {"FOLD": self.folded, "SPLIT": self.pair.split}
+
+    def add(self, row: int, column: int, rows: int, columns: int) -> None:
+        """dx += G y and dy += Gᵀ x for the block that G holds."""
+        G = self.G[:, :rows, :columns]
+        if self.need_x:
+            factors = [y[column : column + columns] for y in self.y_factors]
+            _accumulate(self.dx[row : row + rows], list(G), factors, fresh=column == 0)
+        if self.need_y:
+            factors = [x[row : row + rows] for x in self.x_factors]
+            _accumulate(self.dy[column : column + columns], [g.T for g in G], factors, fresh=row == 0)
+
+    def rows(self, of: str, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(factor * the gradient [M, D] of "x" or "y" in dtype, [M] the dot product of each of its rows with x or y).
+
+        The dots, before the factor, sum to Σ_ij G_ij cos_ij.
+        """
+        p = self.pair
+        T, x, inverse = (self.dx, p.x, p.x_inverse) if of == "x" else (self.dy, p.y, p.y_inverse)
+        M, D = x.shape
+        # The interpreter's stores to bfloat16 do not round.
+        dx = torch.empty(M, D, dtype=torch.float32 if p.constants["UPCAST"] else dtype, device=x.device)
+        dots = torch.empty(M, dtype=torch.float32, device=x.device)
+        constants: dict[str, Any] = {"FOLDED": self.folded, "NORMALIZE": p.normalize, "BLOCK_M": 32, "BLOCK_K": 64}
+        launch(_to_rows, (cdiv(M, 32),), T, x, inverse, factor, dx, dots, M, D, **constants)
+        return dx.to(dtype), dots
+
+
+def _accumulate(out: Tensor, left: list[Tensor], right: list[Tensor], fresh: bool) -> None:
+    """out = left @ right, or out += it unless `fresh`, in float32; of two parts each, all but low times low."""
+    for a, b in [(a, b) for i, a in enumerate(left) for j, b in enumerate(right) if i + j < 2]:
+        beta = 0 if fresh else 1
+        if a.dtype == torch.float32 or a.device.type == "cpu":
+            torch.addmm(out, a.float(), b.float(), beta=beta, out=out)
+        else:
+            torch.addmm(out, a, b, torch.float32, beta=beta, out=out)
+        fresh = False
