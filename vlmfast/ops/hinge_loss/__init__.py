@@ -9,12 +9,13 @@ from torch import Tensor
 
 from vlmfast.backend import select
 from vlmfast.ops import _check, _library
+from vlmfast.ops._lazy import Lazy
 from vlmfast.ops._unit import accumulator
 from vlmfast.ops.hinge_loss import _cpu, reference
 
 __all__ = ["vse_loss"]
 
-IMPLS: dict[str, ModuleType] = {"cpu": _cpu, "reference": reference}
+IMPLS: dict[str, ModuleType] = {"triton": Lazy(f"{__name__}._triton"), "cpu": _cpu, "reference": reference}
 
 
 def vse_loss(
