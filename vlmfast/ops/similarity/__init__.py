@@ -10,12 +10,13 @@ from torch import Tensor
 from vlmfast.backend import select
 from vlmfast.errors import ShapeError
 from vlmfast.ops import _check, _library
+from vlmfast.ops._lazy import Lazy
 from vlmfast.ops._unit import accumulator
 from vlmfast.ops.similarity import _cpu, reference
 
 __all__ = ["normalized_similarity", "rank_counts", "similarity_topk"]
 
-IMPLS: dict[str, ModuleType] = {"cpu": _cpu, "reference": reference}
+IMPLS: dict[str, ModuleType] = {"triton": Lazy(f"{__name__}._triton"), "cpu": _cpu, "reference": reference}
 
 
 def normalized_similarity(
