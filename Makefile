@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 NATIVE := CMakeLists.txt setup.py $(shell find csrc -type f)
 
-.PHONY: demo test test-noext setup bench fmt lint type nm asan clean
+.PHONY: demo test test-noext test-interpret compile-gates setup bench fmt lint type nm asan clean
 
 demo: $(VENV)/.native ## train CLIP on real digits through the fused loss, and measure what it saves
 	$(BIN)/vlmfast demo --out demo
@@ -47,6 +47,16 @@ asan: $(VENV)/.pinned ## the kernels' own tests under the address and undefined-
 	$(BIN)/cmake -S . -B build/asan -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DVLMFAST_SANITIZE=ON
 	$(BIN)/cmake --build build/asan --target vlmfast_test
 	build/asan/vlmfast_test
+
+$(VENV)/.triton: $(VENV)/.pinned
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation --editable '.[triton]'
+	touch $@
+
+test-interpret: $(VENV)/.native $(VENV)/.triton ## the values and gradients of the Triton kernels, without a GPU
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 VLMFAST_REQUIRE=triton $(BIN)/python -m pytest tests/ops -k triton
+
+compile-gates: $(VENV)/.triton ## the Triton kernels compile for each kind of GPU, spill nothing, use the matrix unit
+	$(BIN)/python benchmarks/compile_gates.py
 
 clean:
 	rm -rf $(VENV) build vlmfast/*.so vlmfast/_ext_error.txt

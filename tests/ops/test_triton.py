@@ -1,0 +1,126 @@
+"""What the Triton kernels promise beside equalling the reference, which the tests of each op check."""
+
+import pytest
+import torch
+
+from vlmfast import clip_loss, siglip_loss, use_backend, vse_loss
+from vlmfast.backend import explain
+from vlmfast.ops import _tiles
+from vlmfast.ops.softmax_loss import IMPLS, _triton
+from vlmfast.testing import pairs
+
+interpreted = pytest.mark.skipif(not _tiles.INTERPRET, reason="needs TRITON_INTERPRET=1; run: make test-interpret")
+LOSSES = {
+    "clip": clip_loss,
+    "siglip": lambda x, y, scale: siglip_loss(x, y, scale, -2.0),
+    "vse": lambda x, y, scale: vse_loss(x, y, 0.1) + 0 * scale,
+    "hardest": lambda x, y, scale: vse_loss(x, y, 0.1, hardest=True) + 0 * scale,
+}
+
+
+def gradients(call, *inputs):
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    loss = call(*leaves)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def exactly(call, *inputs):
+    with use_backend("reference"):
+        return gradients(call, *(tensor.double() for tensor in inputs))
+
+
+def relative(ours, exact):
+    return float((ours.double() - exact).norm() / exact.norm())
+
+
+@interpreted
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    ("dtype", "precision", "bound"), [(torch.float16, "fast", 1e-3), (torch.float32, "bf16x3", 2e-4)]
+)
+def test_gradient_tiles_of_the_matrix_unit_s_dtype(backend, monkeypatch, loss, dtype, precision, bound):
+    """What runs on a GPU: G in float16, in range by its unit; and float32 as two bfloat16 parts, which the interpreter
+    cuts off instead of rounding, hence 2^-14 and not 2^-16."""
+    monkeypatch.setattr(_tiles, "PRECISION", precision)
+    image, text, scale = pairs(150, 40, dtype=dtype)
+    ours, exact = gradients(LOSSES[loss], image, text, scale), exactly(LOSSES[loss], image, text, scale)
+    assert ours[0] == pytest.approx(float(exact[0]), rel=1e-4)
+    for value, truth in zip(ours[1:3], exact[1:3], strict=True):
+        assert relative(value, truth) < bound
+
+
+@interpreted
+@pytest.mark.parametrize("weights", [1.0, 1e-6])
+def test_float16_gradient_tiles_stay_in_range(backend, monkeypatch, weights):
+    """Weights of 1 / N and incoming gradients far below 1 must not push G out of float16."""
+    monkeypatch.setattr(_tiles, "PRECISION", "fast")
+    image, text, scale = pairs(150, 40)
+    image, text = (1e-3 * image).half(), (30 * text).half()  # lengths are folded into no float16
+    call = lambda *inputs: weights * clip_loss(*inputs)  # noqa: E731
+    ours, exact = gradients(call, image, text, scale), exactly(call, image, text, scale)
+    if weights == 1:
+        assert relative(ours[1], exact[1]) < 1e-3
+    assert relative(ours[3], exact[3]) < 1e-3
+
+
+@interpreted
+def test_descriptors_load_what_pointers_do(backend, monkeypatch):
+    """The copy unit of Hopper, as the interpreter has it: the same bits, at ragged ends, too."""
+    pair = _tiles.pair
+
+    def with_descriptors(*args, **options):
+        p = pair(*args, **options)
+        p.constants["TMA"] = True
+        return p
+
+    inputs = pairs(97, 36)
+    expected = gradients(clip_loss, *inputs)
+    monkeypatch.setattr(_tiles, "pair", with_descriptors)
+    assert all(map(torch.equal, gradients(clip_loss, *inputs), expected))
+
+
+@interpreted
+@pytest.mark.parametrize("workspace", [2**10, 2**16, 2**27])
+def test_the_workspace_changes_only_the_order_of_sums(backend, monkeypatch, workspace):
+    inputs = pairs(300, 16)
+    expected = gradients(clip_loss, *inputs)
+    monkeypatch.setattr(_tiles, "MAX_WORKSPACE", workspace)
+    ours = gradients(clip_loss, *inputs)
+    assert torch.equal(ours[0], expected[0])
+    for value, other in zip(ours[1:], expected[1:], strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
+
+
+@interpreted
+def test_the_forward_s_blocks_change_no_bit(backend, monkeypatch):
+    """Partial results are merged a group of tiles at a time, in order; blocks are whole groups."""
+    monkeypatch.setattr(_triton, "_GROUP", 1)
+    inputs = pairs(600, 16)
+    expected = clip_loss(*inputs)
+    monkeypatch.setattr(_tiles, "EDGE", 2**14)
+    assert torch.equal(clip_loss(*inputs), expected)
+
+
+def test_a_tensor_on_the_cpu_is_refused_in_words():
+    if _tiles.INTERPRET:
+        pytest.skip("the interpreter runs on the CPU")
+    x = torch.ones(2, 3)
+    why = explain(IMPLS, x, x)["triton"]
+    assert "Triton cannot be imported" in why or "its kernels run on a GPU; a tensor is on the cpu" in why
+
+
+def test_a_dtype_is_refused_in_words(monkeypatch):
+    monkeypatch.setattr(_tiles, "MISSING", "")
+    x = torch.ones(2, 3, dtype=torch.float64)
+    assert "a tensor is torch.float64" in explain(IMPLS, x, x)["triton"]
+
+
+def test_a_gpu_too_old_is_refused_in_words(monkeypatch):
+    class OnGpu:
+        dtype, device = torch.float32, torch.device("cuda")
+
+    monkeypatch.setattr(_tiles, "MISSING", "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a T4")
+    why = _tiles.unsupported(OnGpu(), OnGpu())
+    assert why == "its kernels need compute capability 8.0 or later; a T4 has 7.5"
