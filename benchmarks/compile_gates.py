@@ -177,7 +177,7 @@ def compiled(launch: Launch, target: Target) -> Result:
     try:
         binary = triton.compile(source, target=target.gpu, options=options)
     except Exception as error:
-        return Result(0, 0, [f"does not compile: {str(error).strip().splitlines()[-1][:200]}"])
+        return Result(0, 0, [f"does not compile: {str(error).strip().splitlines()[-1][:100]}"])
     if target.gpu.backend == "cuda":
         text = binary.asm["ptx"]
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -9,7 +9,6 @@ from vlmfast.ops import _tiles
 from vlmfast.ops.softmax_loss import IMPLS, _triton
 from vlmfast.testing import pairs
 
-interpreted = pytest.mark.skipif(not _tiles.INTERPRET, reason="needs TRITON_INTERPRET=1; run: make test-interpret")
 LOSSES = {
     "clip": clip_loss,
     "siglip": lambda x, y, scale: siglip_loss(x, y, scale, -2.0),
@@ -33,12 +32,11 @@ def relative(ours, exact):
     return float((ours.double() - exact).norm() / exact.norm())
 
 
-@interpreted
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(
     ("dtype", "precision", "bound"), [(torch.float16, "fast", 1e-3), (torch.float32, "bf16x3", 2e-4)]
 )
-def test_gradient_tiles_of_the_matrix_unit_s_dtype(backend, monkeypatch, loss, dtype, precision, bound):
+def test_gradient_tiles_of_the_matrix_unit_s_dtype(triton_backend, monkeypatch, loss, dtype, precision, bound):
     """What runs on a GPU: G in float16, in range by its unit; and float32 as two bfloat16 parts, which the interpreter
     cuts off instead of rounding, hence 2^-14 and not 2^-16."""
     monkeypatch.setattr(_tiles, "PRECISION", precision)
@@ -49,9 +47,8 @@ def test_gradient_tiles_of_the_matrix_unit_s_dtype(backend, monkeypatch, loss, d
         assert relative(value, truth) < bound
 
 
-@interpreted
 @pytest.mark.parametrize("weights", [1.0, 1e-6])
-def test_float16_gradient_tiles_stay_in_range(backend, monkeypatch, weights):
+def test_float16_gradient_tiles_stay_in_range(triton_backend, monkeypatch, weights):
     """Weights of 1 / N and incoming gradients far below 1 must not push G out of float16."""
     monkeypatch.setattr(_tiles, "PRECISION", "fast")
     image, text, scale = pairs(150, 40)
@@ -63,8 +60,7 @@ def test_float16_gradient_tiles_stay_in_range(backend, monkeypatch, weights):
     assert relative(ours[3], exact[3]) < 1e-3
 
 
-@interpreted
-def test_descriptors_load_what_pointers_do(backend, monkeypatch):
+def test_descriptors_load_what_pointers_do(triton_backend, monkeypatch):
     """The copy unit of Hopper, as the interpreter has it: the same bits, at ragged ends, too."""
     pair = _tiles.pair
 
@@ -79,9 +75,8 @@ def test_descriptors_load_what_pointers_do(backend, monkeypatch):
     assert all(map(torch.equal, gradients(clip_loss, *inputs), expected))
 
 
-@interpreted
 @pytest.mark.parametrize("workspace", [2**10, 2**16, 2**27])
-def test_the_workspace_changes_only_the_order_of_sums(backend, monkeypatch, workspace):
+def test_the_workspace_changes_only_the_order_of_sums(triton_backend, monkeypatch, workspace):
     inputs = pairs(300, 16)
     expected = gradients(clip_loss, *inputs)
     monkeypatch.setattr(_tiles, "MAX_WORKSPACE", workspace)
@@ -91,8 +86,7 @@ def test_the_workspace_changes_only_the_order_of_sums(backend, monkeypatch, work
         torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
 
 
-@interpreted
-def test_the_forward_s_blocks_change_no_bit(backend, monkeypatch):
+def test_the_forward_s_blocks_change_no_bit(triton_backend, monkeypatch):
     """Partial results are merged a group of tiles at a time, in order; blocks are whole groups."""
     monkeypatch.setattr(_triton, "_GROUP", 1)
     inputs = pairs(600, 16)

@@ -91,16 +91,16 @@ class Config(NamedTuple):
 # nothing; they have not been timed on a GPU.
 CONFIGS: dict[str, dict[int, tuple[tuple[int, Config], ...]]] = {
     "sm_80": {
-        2: ((128, Config(128, 128, 32, 8, 3)), (2**31, Config(128, 128, 64, 8, 3))),
-        4: ((2**31, Config(64, 64, 32, 8, 3)),),
+        2: ((2**31, Config(128, 128, 32, 8, 4)),),
+        4: ((2**31, Config(64, 64, 16, 4, 4)),),
     },
     "sm_90": {
         2: ((128, Config(128, 128, 64, 8, 2)), (2**31, Config(128, 128, 64, 8, 3))),
         4: ((2**31, Config(64, 64, 32, 8, 3)),),
     },
     "sm_100": {
-        2: ((128, Config(128, 128, 64, 8, 2)), (2**31, Config(128, 128, 64, 8, 3))),
-        4: ((2**31, Config(64, 64, 32, 8, 3)),),
+        2: ((128, Config(128, 64, 64, 8, 2)), (2**31, Config(128, 64, 64, 8, 4))),
+        4: ((2**31, Config(64, 64, 16, 8, 4)),),
     },
     "gfx942": {
         2: ((2**31, Config(128, 128, 32, 8, 2)),),
@@ -188,7 +188,7 @@ def pair(x: Tensor, y: Tensor, normalize: bool, heavy: bool = False) -> Pair:
     stride = rows[0].shape[1] * itemsize
     # The copy unit of Hopper takes rows that start on 16 bytes; without it, a tile's addresses take registers.
     tma = where in ("sm_90", "sm_100") and stride % 16 == 0 and not any(side.data_ptr() % 16 for side in rows)
-    if config.block_n > 64 and (heavy or split or gradient == torch.float32 or not tma):
+    if heavy or split or gradient == torch.float32 or not tma:
         config = config._replace(block_n=config.block_n // 2)
     constants = {
         "TMA": tma,
@@ -265,6 +265,13 @@ def products(
             b = b.to(tl.float32)
         s = tl.dot(a, b.T, s, input_precision=PRECISION)
     return s
+
+
+@triton.jit
+def all_of(condition):
+    """Whether a vector of conditions is true throughout."""
+    # As a matrix: on sm_100, Triton 3.7.1 fails to reduce a vector that was itself reduced from a tile.
+    return tl.min(tl.where(condition, 1, 0)[None, :]) == 1
 
 
 @triton.jit

@@ -152,7 +152,7 @@ def _hinge_tiles(
     col_cost = tl.where(foreign, near - tl.load(positive + n, mask=n < N, other=0.0)[None, :], 0.0)
     row_on, col_on = tl.where(row_cost > 0, 1.0, 0.0), tl.where(col_cost > 0, 1.0, 0.0)
     cost = tl.where(row_cost <= 0, 0.0, row_cost) + tl.where(col_cost <= 0, 0.0, col_cost)  # a NaN stays
-    tl.store(parts + tl.program_id(0), tl.sum(tl.sum(cost, 1), 0))
+    tl.store(parts + tl.program_id(0), tl.sum(cost))
     if GRADIENT:
         tl.store(row_active + j.to(tl.int64) * rows + (m - row0), tl.sum(row_on, 1), mask=m < M)
         tl.store(col_active + i.to(tl.int64) * cols + (n - col0), tl.sum(col_on, 0), mask=n < N)

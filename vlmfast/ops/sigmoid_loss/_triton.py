@@ -106,15 +106,15 @@ def _sigmoid_tiles(
     e = tl.exp2(-(tl.abs(u) * LOG2E))
     loss = tl.where(u > 0, u, 0.0) + _log_of_1_plus(e)
     at = parts + tl.program_id(0)
-    tl.store(at, tl.sum(tl.sum(tl.where(inside, loss, 0.0), 1), 0))
+    tl.store(at, tl.sum(tl.where(inside, loss, 0.0)))
 
     if GRADIENT or SCALARS:
         # dz = -t sigmoid(u), and sigmoid(u) = 1 / (1 + e) or e / (1 + e)
         dz = tl.where(u > 0, 1.0, e) / (1 + e)
         dz = tl.where(pair, -dz, dz)
         if SCALARS:
-            tl.store(at + tiles, tl.sum(tl.sum(tl.where(inside, dz * cosine, 0.0), 1), 0))
-            tl.store(at + 2 * tiles, tl.sum(tl.sum(tl.where(inside, dz, 0.0), 1), 0))
+            tl.store(at + tiles, tl.sum(tl.where(inside, dz * cosine, 0.0)))
+            tl.store(at + 2 * tiles, tl.sum(tl.where(inside, dz, 0.0)))
         if GRADIENT:
             g = dz * UNIT
             if FOLD:

@@ -332,7 +332,7 @@ def _best_of_rows(
         key = tl.where(s != s, 0x7FC00000, tl.where(key < 0, key ^ 0x7FFFFFFF, key))
         key = tl.where((m < M)[:, None] & (n < N)[None, :], key, EMPTY)
         # Most tiles have nothing above the least of a full list. Else each row's best takes the least one's place.
-        while tl.max(tl.max(tl.where(key > least[:, None], 1, 0), 1), 0) == 1:
+        while tl.max(tl.where(key > least[:, None], 1, 0)) == 1:
             top = tl.max(key, 1)
             top_at = tl.min(tl.where(key == top[:, None], n[None, :], NOBODY), 1)
             lowest = best == least[:, None]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.ops import _tiles
-from vlmfast.ops._tiles import LN2, LOG2E, NONE, Pair, cdiv, products, store_gradient, tile_at, tl, triton
+from vlmfast.ops._tiles import LN2, LOG2E, NONE, Pair, all_of, cdiv, products, store_gradient, tile_at, tl, triton
 
 INDEX, OUT, IN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _FORMS = {"index": 0, "out": 1, "in": 2}
@@ -234,16 +234,13 @@ def _tile_sums(
     z = tl.where(inside, s * by_row[:, None] * by_col[None, :], float("-inf"))
 
     # One reference for the tile and one power an element, which serves the row's sum and the column's.
-    top = tl.max(tl.max(z, 1), 0)
+    top = tl.max(z)
     reference = tl.where(top > NONE, tl.ceil(top), NONE)
     e = tl.exp2(z - reference)
     row_total, col_total = tl.sum(e, 1), tl.sum(e, 0)
     row_ref, col_ref = tl.zeros([BLOCK_M], tl.float32) + reference, tl.zeros([BLOCK_N], tl.float32) + reference
     # A total of at least 2^-60 has lost only what was below 2^-126. Others say that the reference did not serve them.
-    served = (tl.min(tl.where(m < M, row_total, 1.0), 0) >= 8.7e-19) & (
-        tl.min(tl.where(n < N, col_total, 1.0), 0) >= 8.7e-19
-    )
-    served = served & (tl.sum(tl.where(row_total != row_total, 1, 0), 0) == 0)
+    served = all_of((row_total >= 8.7e-19) | (m >= M)) & all_of((col_total >= 8.7e-19) | (n >= N))
     match = inside
     row_pos = row_total
     col_pos = col_total
@@ -259,8 +256,8 @@ def _tile_sums(
         positive = tl.where(match, z, float("-inf"))
         row_top, col_top = tl.max(positive, 1), tl.max(positive, 0)
         near = reference - 60
-        served = served & (tl.min(tl.where((row_top >= near) | (row_top == float("-inf")), 1, 0), 0) == 1)
-        served = served & (tl.min(tl.where((col_top >= near) | (col_top == float("-inf")), 1, 0), 0) == 1)
+        served &= all_of((row_top >= near) | (row_top == float("-inf")))
+        served &= all_of((col_top >= near) | (col_top == float("-inf")))
 
     if not served:
         if ROWS:
