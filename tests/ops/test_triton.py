@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from vlmfast import clip_loss, siglip_loss, use_backend, vse_loss
+from vlmfast import clip_loss, info_nce_loss, rank_counts, siglip_loss, similarity_topk, use_backend, vse_loss
 from vlmfast.backend import explain
 from vlmfast.ops import _tiles
+from vlmfast.ops.similarity import _triton as similarity
 from vlmfast.ops.softmax_loss import IMPLS, _triton
 from vlmfast.testing import pairs
 
@@ -86,13 +87,33 @@ def test_the_workspace_changes_only_the_order_of_sums(triton_backend, monkeypatc
         torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
 
 
-def test_the_forward_s_blocks_change_no_bit(triton_backend, monkeypatch):
+@pytest.mark.parametrize("positives", ["index", "out", "in"])
+def test_the_forward_s_blocks_change_no_bit(triton_backend, monkeypatch, positives):
     """Partial results are merged a group of tiles at a time, in order; blocks are whole groups."""
     monkeypatch.setattr(_triton, "_GROUP", 1)
+    ids = torch.arange(600) // 2
+    ways = {} if positives == "index" else {"query_ids": ids, "key_ids": ids, "positives": positives}
     inputs = pairs(600, 16)
-    expected = clip_loss(*inputs)
+    expected = info_nce_loss(*inputs, directions="both", **ways)
     monkeypatch.setattr(_tiles, "EDGE", 2**14)
-    assert torch.equal(clip_loss(*inputs), expected)
+    assert torch.equal(info_nce_loss(*inputs, directions="both", **ways), expected)
+
+
+@pytest.mark.parametrize("k", [2, 8])
+def test_one_program_walks_many_tiles(triton_backend, monkeypatch, k):
+    """A full list gives up its later equals first; k is the list's length, so that it shows."""
+    monkeypatch.setattr(similarity, "_PROGRAMS", 1)
+    query, items = torch.randint(-2, 3, (2, 700, 4), generator=torch.Generator().manual_seed(0)).float()
+    query = query[:70]
+    s = query @ items.T
+    best, at = s.sort(dim=1, descending=True, stable=True)
+    values, indices = similarity_topk(query, items, k, normalize=False)
+    assert torch.equal(values, best[:, :k])
+    assert torch.equal(indices, at[:, :k])
+    above, ties = rank_counts(query, items, torch.arange(70), normalize=False)
+    own = s.diagonal()[:, None]
+    assert torch.equal(above, (s > own).sum(1))
+    assert torch.equal(ties, (s == own).sum(1) - 1)
 
 
 def test_a_tensor_on_the_cpu_is_refused_in_words():
