@@ -484,5 +484,5 @@ def _accumulate(out: Tensor, left: list[Tensor], right: list[Tensor], fresh: boo
         if a.dtype == torch.float32 or a.device.type == "cpu":
             torch.addmm(out, a.float(), b.float(), beta=beta, out=out)
         else:
-            torch.addmm(out, a, b, torch.float32, beta=beta, out=out)
+            torch.addmm(out, a, b, out_dtype=torch.float32, beta=beta, out=out)
         fresh = False
