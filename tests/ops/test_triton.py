@@ -1,5 +1,7 @@
 """What the Triton kernels promise beside equalling the reference, which the tests of each op check."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -135,7 +137,7 @@ def test_a_gpu_too_old_is_refused_in_words(monkeypatch):
         dtype, device = torch.float32, torch.device("cuda")
 
     monkeypatch.setattr(_tiles, "MISSING", "")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a T4")
+    t4 = SimpleNamespace(name="a T4", major=7, minor=5)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: t4)
     why = _tiles.unsupported(OnGpu(), OnGpu())
     assert why == "its kernels need compute capability 8.0 or later; a T4 has 7.5"

@@ -66,11 +66,10 @@ def unsupported(x: Tensor, y: Tensor) -> str | None:
             return "its kernels run on a GPU; a tensor is on the cpu (TRITON_INTERPRET=1 runs them there, slowly)"
         if tensor.device.type not in ("cpu", "cuda"):
             return f"its kernels run on a GPU; a tensor is on {tensor.device}"
-    if x.device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(x.device) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(x.device)
-        return f"its kernels need compute capability 8.0 or later; {torch.cuda.get_device_name(x.device)} has " + (
-            f"{major}.{minor}"
-        )
+    if x.device.type == "cuda" and not torch.version.hip:
+        gpu = torch.cuda.get_device_properties(x.device)  # torch.compile knows it for a constant
+        if gpu.major < 8:
+            return f"its kernels need compute capability 8.0 or later; {gpu.name} has {gpu.major}.{gpu.minor}"
     return None
 
 
