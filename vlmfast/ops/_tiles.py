@@ -10,11 +10,12 @@ import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vlmfast.ops._configs import Config, choose, target
 from vlmfast.ops._unit import SHORTEST
 
 try:
@@ -71,54 +72,6 @@ def unsupported(x: Tensor, y: Tensor) -> str | None:
         if gpu.major < 8:
             return f"its kernels need compute capability 8.0 or later; {gpu.name} has {gpu.major}.{gpu.minor}"
     return None
-
-
-# Configuration
-
-
-class Config(NamedTuple):
-    """The shape of a tile, and how a program computes it."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    warps: int
-    stages: int
-
-
-# Target -> bytes of an operand's number -> (largest D, configuration). benchmarks/compile_gates.py says that they spill
-# nothing; they have not been timed on a GPU.
-CONFIGS: dict[str, dict[int, tuple[tuple[int, Config], ...]]] = {
-    "sm_80": {
-        2: ((2**31, Config(128, 128, 32, 8, 4)),),
-        4: ((2**31, Config(64, 64, 16, 4, 4)),),
-    },
-    "sm_90": {
-        2: ((128, Config(128, 128, 64, 8, 2)), (2**31, Config(128, 128, 64, 8, 3))),
-        4: ((2**31, Config(64, 64, 32, 8, 3)),),
-    },
-    "sm_100": {
-        2: ((128, Config(128, 64, 64, 8, 2)), (2**31, Config(128, 64, 64, 8, 4))),
-        4: ((2**31, Config(64, 64, 16, 8, 4)),),
-    },
-    "gfx942": {
-        2: ((2**31, Config(128, 128, 32, 8, 2)),),
-        4: ((2**31, Config(64, 64, 32, 8, 2)),),
-    },
-    "interpreter": {
-        2: ((2**31, Config(64, 256, 128, 4, 1)),),
-        4: ((2**31, Config(64, 256, 128, 4, 1)),),
-    },
-}
-
-
-def target(device: torch.device) -> str:
-    """The row of CONFIGS for a device: the newest that is not newer than it."""
-    if device.type != "cuda":
-        return "interpreter"
-    if torch.version.hip:
-        return "gfx942"
-    return {8: "sm_80", 9: "sm_90"}.get(torch.cuda.get_device_capability(device)[0], "sm_100")
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config | None = None, **constants: Any) -> None:
@@ -182,7 +135,7 @@ def pair(x: Tensor, y: Tensor, normalize: bool, heavy: bool = False) -> Pair:
     split = dtype == torch.float32 and PRECISION == "bf16x3"
     gradient = torch.bfloat16 if split else torch.float32 if PRECISION == "ieee" else dtype
     itemsize = 2 if split else dtype.itemsize
-    config = next(config for most, config in CONFIGS[where][itemsize] if x.shape[1] <= most)
+    config = choose(where, itemsize, x.shape[1])
     rows = [parts(side, config.block_k) if split else side.to(dtype) for side in (x, y)]
     stride = rows[0].shape[1] * itemsize
     # The copy unit of Hopper takes rows that start on 16 bytes; without it, a tile's addresses take registers.
