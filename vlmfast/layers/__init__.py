@@ -4,6 +4,16 @@ from vlmfast.layers.attention import Attention
 from vlmfast.layers.embed import PatchEmbedding
 from vlmfast.layers.mlp import ACTIVATIONS, Mlp, quick_gelu
 from vlmfast.layers.norm import LayerNorm
-from vlmfast.layers.transformer import Block, Transformer
+from vlmfast.layers.transformer import Block, LayerScale, Transformer
 
-__all__ = ["ACTIVATIONS", "Attention", "Block", "LayerNorm", "Mlp", "PatchEmbedding", "Transformer", "quick_gelu"]
+__all__ = [
+    "ACTIVATIONS",
+    "Attention",
+    "Block",
+    "LayerNorm",
+    "LayerScale",
+    "Mlp",
+    "PatchEmbedding",
+    "Transformer",
+    "quick_gelu",
+]

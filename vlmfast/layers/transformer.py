@@ -9,12 +9,34 @@ from vlmfast.layers.mlp import Mlp
 from vlmfast.layers.norm import LayerNorm
 
 
+class LayerScale(nn.Module):
+    """Each feature times its own learned factor, which starts near zero so that a deep tower starts near the identity.
+
+    Equals:
+        x * gamma
+
+    Args:
+        width: C, features of a token.
+        start: what every factor starts at.
+        x: [..., C] floating.
+    Returns: [..., C].
+    Source: Touvron et al. 2021, section 2.
+    """
+
+    def __init__(self, width: int, start: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), start))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
 class Block(nn.Module):
     """One pre-norm residual block: attention between tokens, then a perceptron on each.
 
     Equals:
-        x = x + attn(ln_1(x))
-        x + mlp(ln_2(x))
+        x = x + ls_1(attn(ln_1(x)))
+        x + ls_2(mlp(ln_2(x)))
 
     Args:
         width: C, features of a token.
@@ -22,20 +44,34 @@ class Block(nn.Module):
         mlp_ratio: the perceptron's hidden features, as a multiple of C.
         activation: a key of `vlmfast.layers.ACTIVATIONS`.
         causal: whether token t sees only tokens 0 .. t.
+        eps: of both normalisations.
+        layer_scale: what `ls_1` and `ls_2` start at; None: there are none.
         x: [B, T, C] floating.
     Returns: [B, T, C].
     """
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, activation: str, *, causal: bool = False) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        activation: str,
+        *,
+        causal: bool = False,
+        eps: float = 1e-5,
+        layer_scale: float | None = None,
+    ) -> None:
         super().__init__()
-        self.ln_1 = LayerNorm(width)
+        self.ln_1 = LayerNorm(width, eps)
         self.attn = Attention(width, heads, causal=causal)
-        self.ln_2 = LayerNorm(width)
+        self.ls_1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
+        self.ln_2 = LayerNorm(width, eps)
         self.mlp = Mlp(width, int(width * mlp_ratio), activation)
+        self.ls_2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.ls_1(self.attn(self.ln_1(x)))
+        return x + self.ls_2(self.mlp(self.ln_2(x)))
 
 
 class Transformer(nn.Module):
@@ -43,7 +79,7 @@ class Transformer(nn.Module):
 
     Args:
         layers: number of blocks.
-        width, heads, mlp_ratio, activation, causal: as for `Block`.
+        width, heads, mlp_ratio, activation, causal, eps, layer_scale: as for `Block`.
         x: [B, T, C] floating.
     Returns: [B, T, C], before any final normalisation.
 
@@ -51,11 +87,23 @@ class Transformer(nn.Module):
     """
 
     def __init__(
-        self, layers: int, width: int, heads: int, mlp_ratio: float, activation: str, *, causal: bool = False
+        self,
+        layers: int,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        activation: str,
+        *,
+        causal: bool = False,
+        eps: float = 1e-5,
+        layer_scale: float | None = None,
     ) -> None:
         super().__init__()
         self.checkpointing = False
-        self.resblocks = nn.ModuleList(Block(width, heads, mlp_ratio, activation, causal=causal) for _ in range(layers))
+        self.resblocks = nn.ModuleList(
+            Block(width, heads, mlp_ratio, activation, causal=causal, eps=eps, layer_scale=layer_scale)
+            for _ in range(layers)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.resblocks:

@@ -1,4 +1,4 @@
-"""The text tower: a causal transformer pooled at the end-of-text token."""
+"""The text tower: a transformer pooled at one token, in CLIP a causal one pooled at the end-of-text token."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmfast.errors import DTypeError, ShapeError
+from vlmfast.errors import DataError, DTypeError, ShapeError
 from vlmfast.layers import LayerNorm, Transformer
+
+POOLS = ("argmax", "eos", "last", "first")
 
 
 @dataclass(frozen=True)
@@ -23,21 +25,38 @@ class TextConfig:
     layers: int = 12
     mlp_ratio: float = 4.0
     act_kwargs: dict[str, Any] | None = None  # {"approximate": "tanh"} or nothing
+    norm_kwargs: dict[str, Any] | None = None  # {"eps": ...}; nothing: 1e-5
+    ls_init_value: float | None = None  # of LayerScale; None: the blocks have none
+    no_causal_mask: bool = False  # every token sees every token, padding too
+    pool_type: str = "argmax"  # the pooled token: "argmax" the highest id, "eos" the first eos_id, "last", "first"
+    eos_id: int | None = None  # for pool_type "eos"
+    proj_bias: bool = False  # the projection is then an nn.Linear
+    hf_tokenizer_name: str | None = None  # carried along for open_clip; not looked at here
+    tokenizer_kwargs: dict[str, Any] | None = None  # likewise
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
             raise ShapeError(f"text_cfg: width {self.width} must be a multiple of heads {self.heads}")
+        if self.pool_type not in POOLS:
+            raise DataError(f"text_cfg: pool_type must be one of {', '.join(POOLS)}; got {self.pool_type!r}")
+        if self.pool_type == "eos" and self.eos_id is None:
+            raise DataError("text_cfg: pool_type 'eos' needs eos_id, the end-of-text token's id")
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether what follows the pooled token changes nothing: the transformer is causal and the place is known."""
+        return not self.no_causal_mask and self.pool_type in ("argmax", "eos")
 
 
 class TextTower(nn.Module):
     """Text embeddings [B, D], not normalised: the token at the end-of-text token's place, projected.
 
-    Equals:
+    Equals, with `pool_type` "argmax" (see `TextConfig` for the others):
         x = ln_final(transformer(token_embedding(text) + positional_embedding[:T]))
         x[arange(B), text.argmax(-1)] @ text_projection
 
-    The end-of-text token must therefore have the highest id of its row. The transformer is causal, so that what comes
-    after that token changes nothing; on the CPU those columns are cut off before anything is computed of them.
+    The end-of-text token must therefore have the highest id of its row. CLIP's transformer is causal, so that what
+    comes after that token changes nothing; on the CPU those columns are cut off before anything is computed of them.
 
     Args:
         config: sizes.
@@ -54,13 +73,23 @@ class TextTower(nn.Module):
 
     def __init__(self, config: TextConfig, embed_dim: int, activation: str) -> None:
         super().__init__()
-        C = config.width
+        C, eps = config.width, (config.norm_kwargs or {}).get("eps", 1e-5)
+        self.text_config = config
         self.context_length, self.vocab_size = config.context_length, config.vocab_size
         self.token_embedding = nn.Embedding(config.vocab_size, C)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, C))
-        self.transformer = Transformer(config.layers, C, config.heads, config.mlp_ratio, activation, causal=True)
-        self.ln_final = LayerNorm(C)
-        self.text_projection = nn.Parameter(torch.empty(C, embed_dim))
+        self.transformer = Transformer(
+            config.layers,
+            C,
+            config.heads,
+            config.mlp_ratio,
+            activation,
+            causal=not config.no_causal_mask,
+            eps=eps,
+            layer_scale=config.ls_init_value,
+        )
+        self.ln_final = LayerNorm(C, eps)
+        self.text_projection = nn.Linear(C, embed_dim) if config.proj_bias else nn.Parameter(torch.empty(C, embed_dim))
         self._initialize(C, config.layers)
 
     def _initialize(self, C: int, layers: int) -> None:
@@ -76,15 +105,35 @@ class TextTower(nn.Module):
         for block in self.transformer.resblocks:
             for name, std in deviations.items():
                 nn.init.normal_(block.get_parameter(name), std=std)
-        nn.init.normal_(self.text_projection, std=C**-0.5)
+        if isinstance(self.text_projection, nn.Linear):
+            nn.init.normal_(self.text_projection.weight, std=C**-0.5)
+            nn.init.zeros_(self.text_projection.bias)
+        else:
+            nn.init.normal_(self.text_projection, std=C**-0.5)
 
     def forward(self, text: Tensor) -> Tensor:
         self._check(text)
-        end = text.argmax(-1)  # [B]
+        end = self.end(text)
         if text.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check_ids(text)
-            text = text[:, : int(end.max()) + 1]
-        return self.tokens(text)[torch.arange(len(text), device=text.device), end] @ self.text_projection
+            if self.text_config.ends_early:
+                text = text[:, : int(end.max()) + 1]
+        return self.project(self.tokens(text)[torch.arange(len(text), device=text.device), end])
+
+    def end(self, text: Tensor) -> Tensor:
+        """The place [B] int64 of the token that is pooled, for token ids [B, T]."""
+        pool = self.text_config.pool_type
+        if pool == "argmax":
+            return text.argmax(-1)
+        if pool == "eos":
+            return (text == self.text_config.eos_id).int().argmax(-1)
+        return text.new_full((len(text),), text.shape[1] - 1 if pool == "last" else 0)
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """The embeddings [B, D] of pooled tokens [B, C]."""
+        if isinstance(self.text_projection, nn.Linear):
+            return self.text_projection(pooled)
+        return pooled @ self.text_projection
 
     def tokens(self, text: Tensor) -> Tensor:
         """Every token's features after ln_final: [B, T, C]; token t has seen tokens 0 .. t."""
