@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmfast.ops._configs import Config, choose, target
+from vlmfast.ops._configs import DESCRIPTORS, Config, case, choose, target
 from vlmfast.ops._unit import SHORTEST
 
 try:
@@ -74,13 +74,13 @@ def unsupported(x: Tensor, y: Tensor) -> str | None:
     return None
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config | None = None, **constants: Any) -> None:
-    """Runs a kernel on the device of its first argument, a tensor or a descriptor of one."""
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config | None = None, **constants: Any) -> Any:
+    """Runs a kernel on the device of its first argument, a tensor or a descriptor of one; returns it, compiled."""
     device = getattr(args[0], "base", args[0]).device
     if config is not None:
         constants |= {"num_warps": config.warps, "num_stages": config.stages}
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*args, **constants)
+        return kernel[grid](*args, **constants)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -123,10 +123,10 @@ class Pair:
         return len(self.x), len(self.y), stride // 2 if self.split else stride, stride
 
 
-def pair(x: Tensor, y: Tensor, normalize: bool, heavy: bool = False) -> Pair:
+def pair(x: Tensor, y: Tensor, normalize: bool, kind: str) -> Pair:
     """Both sides in one dtype that the matrix unit multiplies, and their inverse lengths.
 
-    heavy: the op's own lines keep many numbers an element, for which half a tile has the registers.
+    kind: whose lines use the tiles up, one of _configs.KINDS.
     """
     x, y = x.contiguous(), y.contiguous()
     inverses = [inverse_lengths(side) if normalize else torch.ones(len(side), device=x.device) for side in (x, y)]
@@ -134,19 +134,16 @@ def pair(x: Tensor, y: Tensor, normalize: bool, heavy: bool = False) -> Pair:
     dtype = x.dtype if x.dtype == y.dtype else torch.float32
     split = dtype == torch.float32 and PRECISION == "bf16x3"
     gradient = torch.bfloat16 if split else torch.float32 if PRECISION == "ieee" else dtype
-    itemsize = 2 if split else dtype.itemsize
-    config = choose(where, itemsize, x.shape[1])
+    # The copy unit of Hopper takes rows that start on 16 bytes; those of two parts are padded.
+    aligned = split or not (x.shape[1] * dtype.itemsize % 16 or any(side.data_ptr() % 16 for side in (x, y)))
+    tma = where in DESCRIPTORS and aligned
+    config = choose(x.device, where, case(kind, dtype, PRECISION, tma, x.shape[1]))
     rows = [parts(side, config.block_k) if split else side.to(dtype) for side in (x, y)]
-    stride = rows[0].shape[1] * itemsize
-    # The copy unit of Hopper takes rows that start on 16 bytes; without it, a tile's addresses take registers.
-    tma = where in ("sm_90", "sm_100") and stride % 16 == 0 and not any(side.data_ptr() % 16 for side in rows)
-    if heavy or split or gradient == torch.float32 or not tma:
-        config = config._replace(block_n=config.block_n // 2)
     constants = {
         "TMA": tma,
         "PARTS": 3 if split else 1,
         "UPCAST": where == "interpreter",  # it multiplies the raw bits of bfloat16
-        "PRECISION": "tf32" if PRECISION == "tf32" and itemsize == 4 else "ieee",
+        "PRECISION": "tf32" if PRECISION == "tf32" and dtype == torch.float32 else "ieee",
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,

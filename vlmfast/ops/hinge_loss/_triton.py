@@ -25,7 +25,7 @@ def forward(
     need_y: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss [], dx [B, D] float32, dy) for an incoming gradient of 1; [0] for one not needed."""
-    p = _tiles.pair(x, y, normalize, heavy=True)
+    p = _tiles.pair(x, y, normalize, kind="hardest" if hardest else "hinge")
     positive = _tiles.paired_cosines(p, torch.arange(len(x), device=x.device))  # [B] s_ii
     return (_hardest if hardest else _sum)(p, positive, margin, need_x, need_y)
 

@@ -25,7 +25,7 @@ def forward(
     need_scalars: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss [], dx [B, D] float32, dy, dscale [], dbias []) for an incoming gradient of 1; [0] for one not needed."""
-    p = _tiles.pair(x, y, normalize, heavy=True)
+    p = _tiles.pair(x, y, normalize, kind="sigmoid")
     B = len(x)
     gradients = _tiles.Gradients(p, need_x, need_y) if need_x or need_y else None
     G = gradients.workspace if gradients else (logit_scale, 0, 0)  # never written then, but an address is needed

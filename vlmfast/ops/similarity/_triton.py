@@ -31,7 +31,7 @@ def forward(
     normalize: bool,
 ) -> Tensor:
     """[M, N] similarities."""
-    p = _tiles.pair(query, items, normalize, heavy=True)
+    p = _tiles.pair(query, items, normalize, kind="matrix")
     M, N, _, _ = p.sizes
     out = torch.empty(M, N, device=query.device)
     tiles = cdiv(M, p.config.block_m) * cdiv(N, p.config.block_n)
@@ -48,7 +48,7 @@ def topk(
     """Values [M, k] in descending order and the items [M, k] they belong to; among equals, the lower index first."""
     if k > _LIST:
         return _sorted_topk(query, items, k, normalize)
-    p = _tiles.pair(query, items, normalize, heavy=True)
+    p = _tiles.pair(query, items, normalize, kind="topk")
     M, _, _, _ = p.sizes
     splits, span = _splits(p)
     length = max(2, 1 << (k - 1).bit_length())
@@ -71,7 +71,7 @@ def ranks(
     normalize: bool,
 ) -> tuple[Tensor, Tensor]:
     """(items above each query's best positive [M], other items equal to it [M])."""
-    p = _tiles.pair(query, items, normalize, heavy=True)
+    p = _tiles.pair(query, items, normalize, kind="ranks")
     M, _, _, _ = p.sizes
     positives = positives.sort(1).values
     own = torch.stack([_scores_of(p, column) for column in positives.unbind(1)], 1)  # [M, P]

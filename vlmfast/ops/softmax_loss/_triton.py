@@ -40,7 +40,7 @@ def forward(
     normalize: bool,
 ) -> tuple[Tensor, ...]:
     """(loss [], row_lse [M], col_lse [N], row_pos_lse [M], col_pos_lse [N]); what a call has no use for is [0]."""
-    p = _tiles.pair(x, y, normalize, heavy=form != "index")
+    p = _tiles.pair(x, y, normalize, kind="softmax" if form == "index" else "positives")
     rows, cols = _sums(p, logit_scale, row_ids, col_ids, row_weight is not None, col_weight is not None, form)
     loss = torch.zeros((), device=x.device)
     row_lse, col_lse, row_pos_lse, col_pos_lse = (torch.empty(0, device=x.device) for _ in range(4))
@@ -79,7 +79,7 @@ def backward(
     need_y: bool,
 ) -> tuple[Tensor, ...]:
     """(dx [M, D] in x's dtype, dy [N, D] in y's, dscale []); an embedding gradient that is not needed is [0]."""
-    p = _tiles.pair(x, y, normalize, heavy=form != "index")
+    p = _tiles.pair(x, y, normalize, kind="softmax" if form == "index" else "positives")
     # The gradient of the scale is a by-product of either embedding's.
     gradients = _tiles.Gradients(p, need_x or not need_y, need_y)
     factor = grad.float()
