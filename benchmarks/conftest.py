@@ -23,6 +23,8 @@ def bench_loss(benchmark):
 
     def run(name, provider, B):
         leaves = loss.pairs(B, DIM, torch.float32, seed=0)
+        if provider.startswith("torch-compile"):
+            torch.compiler.reset()
         try:
             form, fn = loss.fastest_form(name, provider, leaves)
         except providers.UnavailableError as why:

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from vlmfast.bench import loss, memory, providers, report
+from vlmfast.bench import loss, memory, meter, providers, report
 from vlmfast.bench.loss import LossBench, parse_batches, run
 from vlmfast.bench.memory import Peak
 from vlmfast.bench.providers import BenchError
@@ -30,7 +30,7 @@ def small(monkeypatch):
     monkeypatch.setattr(memory, "unmeasurable", lambda: None)
     monkeypatch.setattr(memory, "peak_in_child", peak_in_child)
     monkeypatch.setattr(loss, "TUNING_SECONDS", 0.0)
-    monkeypatch.setattr(loss, "PEAK_SECONDS", 1e-4)
+    monkeypatch.setattr(meter, "MICROKERNEL_SECONDS", 1e-4)
     return lambda **changes: run(dataclasses.replace(QUICK, **changes))
 
 
@@ -75,7 +75,7 @@ def test_everyone_has_a_row_with_numbers_or_a_reason(small, name):
         assert row.loss_error < 1e-5
         assert row.gradient_error < 1e-5
         assert row.forward_ms.p20 <= row.forward_ms.median <= row.forward_ms.p80
-        flops = {"clip": 8, "siglip": 6, "vse": 6}[name] * row.batch**2 * 16
+        flops = {"clip": 8, "siglip": 6, "vse": 6, "vse-hardest": 2}[name] * row.batch**2 * 16
         assert row.gflops == pytest.approx(flops / (row.full_ms.median * 1e-3) / 1e9)
 
 
@@ -159,7 +159,7 @@ def test_the_json_carries_what_repeats_the_run(small, tmp_path):
     result = small(providers="vlmfast,open_clip,linear-cross-entropy", loss="vse")
     report.write(result, tmp_path / "new" / "out.json", None, None)
     read = json.loads((tmp_path / "new" / "out.json").read_text())
-    assert read["schema"] == "vlmfast-bench-loss-1"
+    assert read["schema"] == "vlmfast-bench-2"
     assert read["kernel"] == "vse_loss"
     assert read["config"] == {
         "loss": "vse",
@@ -169,6 +169,8 @@ def test_the_json_carries_what_repeats_the_run(small, tmp_path):
         "dim": 16,
         "dtype": "float32",
         "providers": "vlmfast,open_clip,linear-cross-entropy",
+        "precision": None,
+        "max_workspace": None,
         "rounds": 2,
         "seconds": 0.0,
         "exact_up_to": 8192,

@@ -49,7 +49,7 @@ def test_a_child_that_dies_says_how():
 def test_a_pass_that_keeps_its_logits_holds_at_least_three_of_them():
     from vlmfast.bench import loss  # here, because the children above need no torch
 
-    order = {"loss": "clip", "batch": 1024, "dim": 32, "dtype": "float32", "seed": 0, "threads": 1}
+    order = {"loss": "clip", "batch": 1024, "dim": 32, "dtype": "float32", "seed": 0, "threads": 1, "options": {}}
     eager = memory.peak_in_child(loss.one_pass, provider="eager-one", form="log_softmax", **order)
     assert eager.extra_bytes > 3 * 4 * 1024**2
 

@@ -40,25 +40,51 @@ def machine() -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of the libraries that a result depends on; None for one that is not installed."""
+def gpu() -> dict[str, Any]:
+    """The GPU that torch uses, and what drives it. torch must see one.
+
+    Returns: JSON-able. `driver` is None where there is no nvidia-smi.
+    """
+    facts = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "name": facts.name,
+        "compute_capability": f"{facts.major}.{facts.minor}",
+        "multiprocessors": facts.multi_processor_count,
+        "memory_bytes": facts.total_memory,
+        "driver": _nvidia_smi("driver_version"),
+        "power_limit": _nvidia_smi("power.limit"),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def versions(*more: str) -> dict[str, str | None]:
+    """Versions of Python and of the libraries that a result depends on; None for one that is not installed.
+
+    Args:
+        more: further libraries, by the names under which they are installed.
+    """
     found: dict[str, str | None] = {"vlmfast": __version__, "python": platform.python_version()}
-    for name in ("torch", "numpy", "open_clip_torch"):
+    for name in ("torch", "triton", "numpy", "open_clip_torch", *more):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = None
+    found["cuda"] = torch.version.cuda
     found["vlmfast_extension"] = (C.isa() if hasattr(C, "isa") else "built") if C is not None else f"none: {reason}"
     return found
 
 
 def commit() -> dict[str, Any] | None:
-    """The git commit that this package lies in and whether tracked files differ from it; None outside a checkout."""
+    """The git commit that this package lies in and whether tracked files differ from it; None outside a checkout.
+
+    There VLMFAST_COMMIT may name it, for a copy of the files without their history; `dirty` is None then.
+    """
     try:
         _git("ls-files", "--error-unmatch", Path(__file__).name)  # else it is a checkout of something else around us
         return {"sha": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.CalledProcessError):
-        return None
+        sha = os.environ.get("VLMFAST_COMMIT")
+        return {"sha": sha, "dirty": None} if sha else None
 
 
 def now() -> str:
@@ -69,6 +95,19 @@ def now() -> str:
 def _git(*words: str) -> str:
     here = Path(__file__).resolve().parent
     return subprocess.run(["git", *words], cwd=here, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _nvidia_smi(field: str) -> str | None:
+    """A field of nvidia-smi for the first GPU that this process may use, or None."""
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+    try:
+        done = subprocess.run(
+            command + ["--id=" + visible] * bool(visible), check=True, capture_output=True, text=True, timeout=30
+        )
+        return done.stdout.splitlines()[0].strip()
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
 
 
 def _cpuinfo() -> dict[str, str]:

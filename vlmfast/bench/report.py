@@ -38,13 +38,16 @@ class Row:
     forward_ms: Spread | None = None  # with the graph, as a training step runs it
     backward_ms: Spread | None = None
     full_ms: Spread | None = None  # forward + backward
+    forward_gflops: float | None = None  # the flops that a forward cannot do without / its median time / 1e9
     gflops: float | None = None  # the loss's least flops / median time of forward + backward / 1e9
-    microkernel_share: float | None = None  # gflops / the micro-kernel's own
-    extra_bytes: int | None = None  # highest resident set of a pass, beyond inputs and gradients
-    process_bytes: int | None = None  # highest resident set of that process in all
+    peak_share: float | None = None  # gflops / the report's peak_gflops
+    extra_bytes: int | None = None  # highest memory of a pass (resident set, or allocated on the GPU), beyond inputs
+    process_bytes: int | None = None  # and gradients; and in all
     loss: float | None = None
-    loss_error: float | None = None  # relative, against float64 on the same rounded inputs
-    gradient_errors: dict[str, float] | None = None  # input -> length of the error / length of the float64 gradient
+    loss_error: float | None = None  # relative, against float64 on the same rounded inputs; of top k: of its values
+    # Input -> length of the error / length of the float64 gradient, or None where the provider gives none.
+    gradient_errors: dict[str, float | None] | None = None
+    recall: float | None = None  # of top k: the share of the exact top k that was found
     forward_ratio: float | None = None  # this provider's median / vlmfast's: above 1, vlmfast is faster
     full_ratio: float | None = None
     memory_ratio: float | None = None  # this provider's extra bytes / vlmfast's
@@ -52,24 +55,27 @@ class Row:
     @property
     def gradient_error(self) -> float | None:
         """The larger of the two embeddings' gradient errors."""
-        errors = self.gradient_errors
-        return max(errors["image"], errors["text"]) if errors else None
+        errors = self.gradient_errors or {}
+        both = [error for error in (errors.get("image"), errors.get("text")) if error is not None]
+        return max(both, default=None)
 
 
 @dataclass
 class Report:
     """A benchmark's results, and what is needed to repeat it."""
 
-    kernel: str  # clip_loss, siglip_loss, vse_loss
+    kernel: str  # clip_loss, siglip_loss, vse_loss, "vse_loss, hardest", similarity_topk
     config: dict[str, Any]
     date: str
     machine: dict[str, Any]
     versions: dict[str, str | None]
     commit: dict[str, Any] | None
     rows: list[Row] = field(default_factory=list)
-    microkernel_gflops: dict[str, Spread] = field(default_factory=dict)  # batch size -> measured between its rounds
+    peak_of: str = "the micro-kernel"  # what peak_gflops is the rate of
+    peak_gflops: dict[str, Spread] = field(default_factory=dict)  # batch size -> measured between its rounds
+    copy_gb_per_s: dict[str, Spread] = field(default_factory=dict)  # likewise: a GPU's memory, read and written
     memory_reason: str | None = None  # why extra_bytes was not measured
-    schema: str = "vlmfast-bench-loss-1"
+    schema: str = "vlmfast-bench-2"
 
     def batches(self) -> list[int]:
         """The batch sizes, in the order measured."""
@@ -82,8 +88,9 @@ def set_ratios(rows: Sequence[Row]) -> None:
     for row in rows:
         if (us := ours.get(row.batch)) is None:
             continue
-        if row.forward_ms and us.forward_ms and row.full_ms and us.full_ms:
+        if row.forward_ms and us.forward_ms:
             row.forward_ratio = row.forward_ms.median / us.forward_ms.median
+        if row.full_ms and us.full_ms:
             row.full_ratio = row.full_ms.median / us.full_ms.median
         if row.extra_bytes is not None and us.extra_bytes:
             row.memory_ratio = row.extra_bytes / us.extra_bytes
@@ -146,7 +153,7 @@ def csv_lines(report: Report) -> list[dict[str, Any]]:
             "x_label": "batch size",
             "x_value": row.batch,
             "extra_benchmark_config_str": json.dumps(extra),
-            "gpu_name": report.machine["cpu"],
+            "gpu_name": device_name(report),
             "timestamp": datetime.fromisoformat(report.date).strftime("%Y-%m-%d %H:%M:%S"),
             "vlmfast_version": __version__,
         }
@@ -201,7 +208,7 @@ def show(report: Report, console: Any = None) -> None:
 
     console = console or Console()
     if not console.is_terminal:
-        console.width = max(console.width, 150)  # a file has no width to keep to
+        console.width = max(console.width, 180)  # a file has no width to keep to
     console.print(headline(report), highlight=False)
     for batch in report.batches():
         console.print(table(report, batch))
@@ -212,40 +219,64 @@ def show(report: Report, console: Any = None) -> None:
 def headline(report: Report) -> str:
     """The kernel, the shape and the machine, in one line."""
     config, facts = report.config, report.machine
-    threads = f"{config['threads']} thread{'s' if config['threads'] != 1 else ''}"
-    return f"{report.kernel}, D={config['dim']}, {config['dtype']}, {threads}, {facts['cpu']} ({facts['cores']} cores)"
+    where = device_name(report)
+    if "gpu" not in facts:
+        threads = f"{config['threads']} thread{'s' if config['threads'] != 1 else ''}"
+        where = f"{threads}, {where} ({facts['cores']} cores)"
+    return f"{report.kernel}, D={config['dim']}, {config['dtype']}, {where}"
+
+
+def device_name(report: Report) -> str:
+    """The name of the processor or GPU that ran."""
+    return report.machine["gpu"]["name"] if "gpu" in report.machine else report.machine["cpu"]
 
 
 def table(report: Report, batch: int) -> Any:
     """The rows of one batch size as a rich table."""
     from rich.table import Table
 
-    peak = report.microkernel_gflops.get(str(batch))
-    title = f"B = {batch}" + (f"; the micro-kernel's own peak: {peak.median:.0f} GFLOP/s" if peak else "")
-    grid = Table(title=title, title_justify="left")
-    for name in _cells(Row("", batch)):
+    rows = [row for row in report.rows if row.batch == batch and row.full_ms]
+    lines = [_cells(row, tera="gpu" in report.machine) for row in rows]
+    grid = Table(title=_title(report, batch), title_justify="left")
+    columns = [name for name in (lines[0] if lines else ()) if any(line[name] != "-" for line in lines)]
+    for name in columns:
         grid.add_column(name, justify="left" if name == "provider" else "right", no_wrap=True)
-    for row in report.rows:
-        if row.batch == batch and row.full_ms:
-            grid.add_row(*_cells(row).values(), style="bold" if row.provider == "vlmfast" else None)
+    for row, line in zip(rows, lines, strict=True):
+        grid.add_row(*(line[name] for name in columns), style="bold" if row.provider == "vlmfast" else None)
     return grid
+
+
+def _title(report: Report, batch: int) -> str:
+    """The batch size, and what the machine itself did between the rounds."""
+    peak, copy = report.peak_gflops.get(str(batch)), report.copy_gb_per_s.get(str(batch))
+    tera = "gpu" in report.machine
+    rate = "" if peak is None else f"{peak.median / 1e3:.0f} TFLOP/s" if tera else f"{peak.median:.0f} GFLOP/s"
+    return (
+        f"B = {batch}"
+        + f"; {report.peak_of}: {rate}" * bool(peak)
+        + (f"; a copy: {copy.median / 1e3:.2f} TB/s" if copy else "")
+    )
 
 
 def notes(report: Report, batch: int) -> str:
     """For each provider at this batch size the form that was its fastest, or why it did not run."""
     rows = [row for row in report.rows if row.batch == batch]
     ran = ", ".join(f"{row.provider}: {row.form}" for row in rows if row.form and not row.reason)
-    return "\n".join(
-        [f"({ran})"] * bool(ran) + [f"{row.provider} did not run: {row.reason}" for row in rows if row.reason]
-    )
+    lines = [f"({ran})"] * bool(ran) + [f"{row.provider} did not run: {row.reason}" for row in rows if row.reason]
+    for row in rows:
+        missing = [name for name, error in (row.gradient_errors or {}).items() if error is None]
+        lines += [f"{row.provider} gives no gradient of {' and '.join(missing)}"] * bool(missing)
+    return "\n".join(lines)
 
 
 def legend(report: Report) -> str:
     """What the table's columns mean, and what could not be measured."""
+    of_cpu = "peak resident memory of a pass beyond inputs and gradients, in a fresh process; in all: all of it."
+    of_gpu = "peak of PyTorch's allocator during a pass beyond inputs and gradients; in all: with them."
     lines = [
-        "x: the provider's / vlmfast's. GFLOP/s counts the flops that the loss cannot do without. Errors are "
+        "x: the provider's / vlmfast's. FLOP/s count the flops that the loss cannot do without. Errors are "
         "relative, against float64 on the same inputs.",
-        "extra MiB: peak resident memory of a pass beyond inputs and gradients, in a fresh process; in all: all of it.",
+        "extra MiB: " + (of_gpu if "gpu" in report.machine else of_cpu),
     ]
     if report.memory_reason:
         lines.append(f"Memory was not measured: {report.memory_reason}.")
@@ -260,24 +291,26 @@ def _check_columns(path: Path) -> bool:
     return not lines
 
 
-def _cells(row: Row) -> dict[str, str]:
-    """Column -> what it shows of the row."""
+def _cells(row: Row, tera: bool = False) -> dict[str, str]:
+    """Column -> what it shows of the row; rates in TFLOP/s or GFLOP/s."""
 
     def number(value: float | None, form: str, per: float = 1.0) -> str:
         return "-" if value is None else format(value / per, form)
 
-    full = row.full_ms
+    full, unit, per = row.full_ms, "TFLOP/s" if tera else "GFLOP/s", 1e3 if tera else 1.0
     return {
         "provider": row.provider,
         "forward ms": number(row.forward_ms.median if row.forward_ms else None, ".4g"),
-        "fwd + bwd ms": number(full.median if full else None, ".4g"),
+        "fwd + bwd ms" if row.forward_ms else "ms": number(full.median if full else None, ".4g"),
         "p20-p80": f"{full.p20:.4g}-{full.p80:.4g}" if full else "-",
         "x time": number(row.full_ratio, ".2f"),
-        "GFLOP/s": number(row.gflops, ".0f"),
-        "of peak": number(row.microkernel_share, ".0%"),
+        f"forward {unit}": number(row.forward_gflops if tera else None, ".0f", per),
+        unit: number(row.gflops, ".0f", per),
+        "of peak": number(row.peak_share, ".0%"),
         "extra MiB": number(row.extra_bytes, ".1f", MIB),
         "x memory": number(row.memory_ratio, ".1f"),
         "in all MiB": number(row.process_bytes, ".0f", MIB),
-        "loss err": number(row.loss_error, ".0e"),
+        "recall": number(row.recall, ".4f"),
+        "value err" if row.recall is not None else "loss err": number(row.loss_error, ".0e"),
         "grad err": number(row.gradient_error, ".0e"),
     }
