@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vlmfast import _ext, available_backends, use_backend
-from vlmfast.ops import _tiles
+from vlmfast.ops import _limits, _tiles
 from vlmfast.testing import poisoned_empty
 
 MISSING = {
@@ -71,7 +71,7 @@ def backend(request):
 def triton_backend(monkeypatch):
     """For what only the Triton kernels promise; a few hundred rows are several blocks of S, and of G."""
     monkeypatch.setattr(_tiles, "EDGE", 256)
-    monkeypatch.setattr(_tiles, "MAX_WORKSPACE", 2**18)
+    monkeypatch.setattr(_limits, "MAX_WORKSPACE", 2**18)
     with forced("triton"):
         yield "triton"
 

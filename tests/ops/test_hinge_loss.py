@@ -12,6 +12,7 @@ from vlmfast.errors import BackendError, DTypeError, ShapeError
 from vlmfast.ops.hinge_loss import IMPLS, _vse_loss, reference, vse_loss
 from vlmfast.testing import SHAPES, Watch, assert_accurate, pairs
 
+LIMITS = ("ieee", 2**20)  # precision and workspace, which a GPU's kernels look at
 hardness = pytest.mark.parametrize("hardest", [False, True], ids=["sum", "hardest"])
 
 
@@ -264,7 +265,7 @@ def test_only_what_is_needed_is_computed(backend, monkeypatch):
     forward = IMPLS[backend].forward
 
     def spy(*args):
-        needs.append(args[5:])
+        needs.append(args[5:7])
         return forward(*args)
 
     monkeypatch.setattr(IMPLS[backend], "forward", spy)
@@ -281,7 +282,7 @@ def test_only_what_is_needed_is_computed(backend, monkeypatch):
 def test_nothing_of_the_size_of_the_similarities_is_held(backend, hardest, need, scratch_below):
     image, text, _ = pairs(1200, 8)
     with Watch(1200 * 1200), scratch_below(1200 * 1200):
-        loss, *_ = IMPLS[backend].forward(image, text, 0.2, hardest, True, need, need)
+        loss, *_ = IMPLS[backend].forward(image, text, 0.2, hardest, True, need, need, *LIMITS)
     torch.testing.assert_close(loss, vsepp(scores(image, text), 0.2, hardest), rtol=1e-5, atol=0)
 
 
@@ -297,7 +298,7 @@ def test_nothing_of_the_size_of_the_similarities_is_saved(backend):
 def test_the_reference_is_the_same_in_any_chunks(monkeypatch, hardest):
     """Whole numbers: exact in any order, and with ties from chunk to chunk."""
     image, text = torch.randint(-1, 2, (2, 65, 5), generator=torch.Generator().manual_seed(0)).float()
-    args = (image, text, 1.0, hardest, False, True, True)
+    args = (image, text, 1.0, hardest, False, True, True, *LIMITS)
     whole = reference.forward(*args)
     for chunk in (1, 65 * 7, 65 * 64):
         monkeypatch.setattr(reference, "CHUNK", chunk)
@@ -330,8 +331,9 @@ def test_autocast_changes_nothing(backend):
 
 def test_opcheck(backend):
     image, text, _ = (v.requires_grad_() for v in pairs(5, 3))
-    torch.library.opcheck(_vse_loss.overload, (image, text, 0.2, False, True, True, True, backend))
-    torch.library.opcheck(_vse_loss.overload, (image.detach().half(), text, 0.2, True, False, False, True, backend))
+    torch.library.opcheck(_vse_loss.overload, (image, text, 0.2, False, True, True, True, *LIMITS, backend))
+    arguments = (image.detach().half(), text, 0.2, True, False, False, True, *LIMITS, backend)
+    torch.library.opcheck(_vse_loss.overload, arguments)
 
 
 @hardness

@@ -93,19 +93,20 @@ def test_strides_are_as_announced(backend, view, normalize):
     kinds = {"test_utils": ("test_schema", "test_faketensor")}
     weight = torch.full((5,), 0.1)
     plan = (ids, ids, weight, weight, None, None, "index", 0.0, normalize)
-    check(softmax_loss._softmax_loss.overload, (x, y, scale, *plan, backend), **kinds)
-    saved = softmax_loss._softmax_loss(x, y, scale, *plan, backend)[1:]
-    arguments = (torch.tensor(1.0), x, y, scale, *plan, *saved, True, True, backend)
+    limits = ("ieee", 2**20)
+    check(softmax_loss._softmax_loss.overload, (x, y, scale, *plan, "ieee", 0, 2**20, backend), **kinds)
+    saved = softmax_loss._softmax_loss(x, y, scale, *plan, "ieee", 0, 2**20, backend)[1:]
+    arguments = (torch.tensor(1.0), x, y, scale, *plan, *saved, True, True, *limits, backend)
     check(softmax_loss._softmax_loss_backward.overload, arguments, **kinds)
-    arguments = (x, y, scale, torch.tensor(-2.0), normalize, True, True, True, backend)
+    arguments = (x, y, scale, torch.tensor(-2.0), normalize, True, True, True, *limits, backend)
     check(sigmoid_loss._siglip_loss.overload, arguments, **kinds)
     for hardest in (False, True):
-        check(hinge_loss._vse_loss.overload, (x, y, 0.2, hardest, normalize, True, True, backend), **kinds)
-    check(similarity._normalized_similarity.overload, (x, y, normalize, backend), **kinds)
+        check(hinge_loss._vse_loss.overload, (x, y, 0.2, hardest, normalize, True, True, *limits, backend), **kinds)
+    check(similarity._normalized_similarity.overload, (x, y, normalize, "ieee", backend), **kinds)
     arguments = (torch.ones(5, 5), x, y, normalize, True, True, backend)
     check(similarity._normalized_similarity_backward.overload, arguments, **kinds)
-    check(similarity._similarity_topk.overload, (x, y, 5, normalize, backend), **kinds)
-    check(similarity._rank_counts.overload, (x, y, ids[:, None], normalize, backend), **kinds)
+    check(similarity._similarity_topk.overload, (x, y, 5, normalize, "ieee", backend), **kinds)
+    check(similarity._rank_counts.overload, (x, y, ids[:, None], normalize, "ieee", backend), **kinds)
 
 
 @first_dual

@@ -12,6 +12,7 @@ from vlmfast.errors import BackendError, DTypeError, ShapeError
 from vlmfast.ops.sigmoid_loss import IMPLS, _siglip_loss, reference, siglip_loss
 from vlmfast.testing import SHAPES, Watch, assert_accurate, pairs
 
+LIMITS = ("ieee", 2**20)  # precision and workspace, which a GPU's kernels look at
 BIAS = -2.0  # with the scale of pairs(), a logit of mixed signs: no side of the sigmoid is flat
 
 
@@ -228,7 +229,7 @@ def test_only_what_is_needed_is_computed(backend, monkeypatch):
     forward = IMPLS[backend].forward
 
     def spy(*args):
-        needs.append(args[5:])
+        needs.append(args[5:8])
         return forward(*args)
 
     monkeypatch.setattr(IMPLS[backend], "forward", spy)
@@ -245,7 +246,7 @@ def test_only_what_is_needed_is_computed(backend, monkeypatch):
 def test_nothing_of_the_size_of_the_logits_is_held(backend, need, scratch_below):
     image, text, scale = pairs(1200, 8)
     with Watch(1200 * 1200), scratch_below(1200 * 1200):
-        loss, *_ = IMPLS[backend].forward(image, text, scale, torch.tensor(BIAS), True, need, need, need)
+        loss, *_ = IMPLS[backend].forward(image, text, scale, torch.tensor(BIAS), True, need, need, need, *LIMITS)
     torch.testing.assert_close(loss, definition(image, text, scale, BIAS), rtol=5e-6, atol=0)
 
 
@@ -259,7 +260,7 @@ def test_nothing_of_the_size_of_the_logits_is_saved(backend):
 
 def test_the_reference_is_the_same_in_any_chunks(monkeypatch):
     image, text, scale = pairs(65, 33, dtype=torch.float64)
-    args = (image, text, scale.double(), torch.tensor(BIAS).double(), True, True, True, True)
+    args = (image, text, scale.double(), torch.tensor(BIAS).double(), True, True, True, True, *LIMITS)
     whole = reference.forward(*args)
     for chunk in (1, 65 * 7, 65 * 64):
         monkeypatch.setattr(reference, "CHUNK", chunk)
@@ -293,11 +294,10 @@ def test_autocast_changes_nothing(backend):
 def test_opcheck(backend):
     image, text, scale = (v.requires_grad_() for v in pairs(5, 3))
     bias = torch.tensor(BIAS, requires_grad=True)
-    torch.library.opcheck(_siglip_loss.overload, (image, text, scale, bias, True, True, True, True, backend))
+    torch.library.opcheck(_siglip_loss.overload, (image, text, scale, bias, True, True, True, True, *LIMITS, backend))
     needs = (False, True, False)
-    torch.library.opcheck(
-        _siglip_loss.overload, (image.detach().half(), text, scale.detach(), bias.detach(), False, *needs, backend)
-    )
+    arguments = (image.detach().half(), text, scale.detach(), bias.detach(), False, *needs, *LIMITS, backend)
+    torch.library.opcheck(_siglip_loss.overload, arguments)
 
 
 def test_compiled_equals_eager(backend):

@@ -330,16 +330,16 @@ def test_nothing_of_the_size_of_the_matrix_is_held(backend, kind, scratch_below)
     query, items = whole(1200, 1300)
     last = torch.arange(1200) if kind == "ranks" else 3
     with Watch(1200 * 1300), scratch_below(1200 * 1300):
-        getattr(IMPLS[backend], kind)(query, items, last[:, None] if kind == "ranks" else last, False)
+        getattr(IMPLS[backend], kind)(query, items, last[:, None] if kind == "ranks" else last, False, "ieee")
 
 
 def test_the_reference_is_the_same_in_any_chunks(monkeypatch):
     query, items = whole(65, 33)
-    args = (query, items, lists(65, 33, 3), False)
-    expected = *reference.ranks(*args), *reference.topk(query, items, 4, False)
+    args = (query, items, lists(65, 33, 3), False, "ieee")
+    expected = *reference.ranks(*args), *reference.topk(query, items, 4, False, "ieee")
     for chunk in (1, 33 * 7, 33 * 64):
         monkeypatch.setattr(reference, "CHUNK", chunk)
-        ours = *reference.ranks(*args), *reference.topk(query, items, 4, False)
+        ours = *reference.ranks(*args), *reference.topk(query, items, 4, False, "ieee")
         assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
@@ -363,11 +363,12 @@ def test_autocast_changes_nothing(backend):
 
 def test_opcheck(backend):
     query, items = (v.requires_grad_() for v in sides(5, 4, 3))
-    torch.library.opcheck(similarity._normalized_similarity.overload, (query, items, True, backend))
-    torch.library.opcheck(similarity._normalized_similarity.overload, (query.detach().half(), items, False, backend))
+    torch.library.opcheck(similarity._normalized_similarity.overload, (query, items, True, "ieee", backend))
+    arguments = (query.detach().half(), items, False, "ieee", backend)
+    torch.library.opcheck(similarity._normalized_similarity.overload, arguments)
     plain = query.detach(), items.detach()
-    torch.library.opcheck(similarity._similarity_topk.overload, (*plain, 2, True, backend))
-    torch.library.opcheck(similarity._rank_counts.overload, (*plain, lists(5, 4, 3), True, backend))
+    torch.library.opcheck(similarity._similarity_topk.overload, (*plain, 2, True, "ieee", backend))
+    torch.library.opcheck(similarity._rank_counts.overload, (*plain, lists(5, 4, 3), True, "ieee", backend))
 
 
 def test_compiled_equals_eager(backend):

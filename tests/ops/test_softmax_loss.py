@@ -605,7 +605,7 @@ def test_a_frozen_tower_s_gradient_is_not_computed(backend, monkeypatch):
     asked = []
 
     def spy(*args, backward=IMPLS[backend].backward):
-        asked.append(args[-2:])
+        asked.append(args[-4:-2])
         return backward(*args)
 
     monkeypatch.setattr(IMPLS[backend], "backward", spy)
@@ -735,21 +735,21 @@ def op_arguments(form, backend):
     share = (rows, columns) if form == "out" else (None, None)
     weights = (rows, None) if form == "index" else (rows, columns)
     ids = torch.arange(5), torch.arange(7) % 5
-    return x, y, scale, *ids, *weights, *share, form, 0.0 if form == "in" else 0.1, True, backend
+    return x, y, scale, *ids, *weights, *share, form, 0.0 if form == "in" else 0.1, True, "ieee", 0, 2**20, backend
 
 
 @pytest.mark.parametrize("form", ["index", "out", "in"])
 def test_opcheck(backend, form):
     arguments = op_arguments(form, backend)
     torch.library.opcheck(_softmax_loss.overload, arguments)
-    *tensors, options_form, smoothing, normalize, name = arguments
-    saved = _softmax_loss(*arguments)[1:]
+    *tensors, options_form, smoothing, normalize, precision, _, workspace, name = arguments
+    saved, limits = _softmax_loss(*arguments)[1:], (precision, workspace, name)
     for need in ((True, False), (False, True)):
         torch.library.opcheck(
             _softmax_loss_backward.overload,
             [
                 value.detach() if isinstance(value, torch.Tensor) else value
-                for value in (torch.ones(()), *tensors, options_form, smoothing, normalize, *saved, *need, name)
+                for value in (torch.ones(()), *tensors, options_form, smoothing, normalize, *saved, *need, *limits)
             ],
         )
 

@@ -7,7 +7,7 @@ import torch
 
 from vlmfast import clip_loss, info_nce_loss, rank_counts, siglip_loss, similarity_topk, use_backend, vse_loss
 from vlmfast.backend import explain
-from vlmfast.ops import _tiles
+from vlmfast.ops import _limits, _tiles
 from vlmfast.ops.similarity import _triton as similarity
 from vlmfast.ops.softmax_loss import IMPLS, _triton
 from vlmfast.testing import pairs
@@ -37,12 +37,12 @@ def relative(ours, exact):
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(
-    ("dtype", "precision", "bound"), [(torch.float16, "fast", 1e-3), (torch.float32, "bf16x3", 2e-4)]
+    ("dtype", "precision", "bound"), [(torch.float16, "bf16x3", 1e-3), (torch.float32, "bf16x3", 2e-4)]
 )
 def test_gradient_tiles_of_the_matrix_unit_s_dtype(triton_backend, monkeypatch, loss, dtype, precision, bound):
     """What runs on a GPU: G in float16, in range by its unit; and float32 as two bfloat16 parts, which the interpreter
     cuts off instead of rounding, hence 2^-14 and not 2^-16."""
-    monkeypatch.setattr(_tiles, "PRECISION", precision)
+    monkeypatch.setattr(_limits, "PRECISION", precision)
     image, text, scale = pairs(150, 40, dtype=dtype)
     ours, exact = gradients(LOSSES[loss], image, text, scale), exactly(LOSSES[loss], image, text, scale)
     assert ours[0] == pytest.approx(float(exact[0]), rel=1e-4)
@@ -53,7 +53,7 @@ def test_gradient_tiles_of_the_matrix_unit_s_dtype(triton_backend, monkeypatch, 
 @pytest.mark.parametrize("weights", [1.0, 1e-6])
 def test_float16_gradient_tiles_stay_in_range(triton_backend, monkeypatch, weights):
     """Weights of 1 / N and incoming gradients far below 1 must not push G out of float16."""
-    monkeypatch.setattr(_tiles, "PRECISION", "fast")
+    monkeypatch.setattr(_limits, "PRECISION", "bf16x3")
     image, text, scale = pairs(150, 40)
     image, text = (1e-3 * image).half(), (30 * text).half()  # lengths are folded into no float16
     call = lambda *inputs: weights * clip_loss(*inputs)  # noqa: E731
@@ -82,7 +82,7 @@ def test_descriptors_load_what_pointers_do(triton_backend, monkeypatch):
 def test_the_workspace_changes_only_the_order_of_sums(triton_backend, monkeypatch, workspace):
     inputs = pairs(300, 16)
     expected = gradients(clip_loss, *inputs)
-    monkeypatch.setattr(_tiles, "MAX_WORKSPACE", workspace)
+    monkeypatch.setattr(_limits, "MAX_WORKSPACE", workspace)
     ours = gradients(clip_loss, *inputs)
     assert torch.equal(ours[0], expected[0])
     for value, other in zip(ours[1:], expected[1:], strict=True):

@@ -41,15 +41,11 @@ except ImportError as _error:
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 """Kernels run on CPU tensors, one after the other, in numpy."""
 
-PRECISION = os.environ.get("VLMFAST_PRECISION", "ieee" if INTERPRET else "bf16x3")
-"""How float32 embeddings are multiplied. "bf16x3": as two bfloat16 parts, three products. "tf32": rounded to 11 bits.
-"ieee": in float32, without the matrix unit; then gradient tiles of bfloat16 and float16 calls are float32, too."""
-
-MAX_WORKSPACE = 2**27
-"""Bytes of gradient tiles that exist at one time: 8192 × 8192 of bfloat16."""
-
 EDGE = 16384
 """Rows and columns of S that one launch of a forward kernel reduces; bounds the partial results."""
+
+STEP = 256
+"""Blocks of S are multiples of this high and wide: of whole tiles."""
 
 LN2 = math.log(2)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -101,6 +97,8 @@ class Pair:
     y_rows: Tensor
     x_inverse: Tensor  # [M] float32, 1 / length, or 1 where rows are taken as they are
     y_inverse: Tensor
+    x_power: Tensor | None  # [M] float32: what the caller's rows were multiplied with to be x; None: they are x
+    y_power: Tensor | None
     normalize: bool
     split: bool  # rows are two bfloat16 parts
     gradient: torch.dtype  # of a tile of G
@@ -123,32 +121,48 @@ class Pair:
         return len(self.x), len(self.y), stride // 2 if self.split else stride, stride
 
 
-def pair(x: Tensor, y: Tensor, normalize: bool, kind: str) -> Pair:
+def pair(x: Tensor, y: Tensor, normalize: bool, precision: str, kind: str) -> Pair:
     """Both sides in one dtype that the matrix unit multiplies, and their inverse lengths.
 
     kind: whose lines use the tiles up, one of _configs.KINDS.
     """
     x, y = x.contiguous(), y.contiguous()
+    x_power = y_power = None
+    if normalize:
+        (x, x_power), (y, y_power) = _shortened(x), _shortened(y)
     inverses = [inverse_lengths(side) if normalize else torch.ones(len(side), device=x.device) for side in (x, y)]
     where = target(x.device)
     dtype = x.dtype if x.dtype == y.dtype else torch.float32
-    split = dtype == torch.float32 and PRECISION == "bf16x3"
-    gradient = torch.bfloat16 if split else torch.float32 if PRECISION == "ieee" else dtype
+    split = dtype == torch.float32 and precision == "bf16x3"
+    gradient = torch.bfloat16 if split else torch.float32 if precision == "ieee" else dtype
     # The copy unit of Hopper takes rows that start on 16 bytes; those of two parts are padded.
     aligned = split or not (x.shape[1] * dtype.itemsize % 16 or any(side.data_ptr() % 16 for side in (x, y)))
     tma = where in DESCRIPTORS and aligned
-    config = choose(x.device, where, case(kind, dtype, PRECISION, tma, x.shape[1]))
+    config = choose(x.device, where, case(kind, dtype, precision, tma, x.shape[1]))
     rows = [parts(side, config.block_k) if split else side.to(dtype) for side in (x, y)]
     constants = {
         "TMA": tma,
         "PARTS": 3 if split else 1,
         "UPCAST": where == "interpreter",  # it multiplies the raw bits of bfloat16
-        "PRECISION": "tf32" if PRECISION == "tf32" and dtype == torch.float32 else "ieee",
+        "PRECISION": "tf32" if precision == "tf32" and dtype == torch.float32 else "ieee",
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
     }
-    return Pair(x, y, rows[0], rows[1], inverses[0], inverses[1], normalize, split, gradient, config, constants)
+    return Pair(x, y, *rows, *inverses, x_power, y_power, normalize, split, gradient, config, constants)
+
+
+def _shortened(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(float32 rows divided by a power of two near their length where that is above 1, the factors [M]).
+
+    A row of length 1e20 has no square in float32. Other dtypes stay as they are: float16 has no such lengths, and
+    bfloat16 rows are read by the copy unit from where they lie.
+    """
+    if x.dtype != torch.float32:
+        return x, None
+    exponent = torch.frexp(x.abs().amax(1)).exponent.clamp(0, 126)  # of NaN and infinity: any will do
+    power = torch.exp2(-exponent.float())
+    return x * power[:, None], power
 
 
 def parts(x: Tensor, block: int) -> Tensor:
@@ -221,6 +235,12 @@ def all_of(condition):
     """Whether a vector of conditions is true throughout."""
     # As a matrix: on sm_100, Triton 3.7.1 fails to reduce a vector that was itself reduced from a tile.
     return tl.min(tl.where(condition, 1, 0)[None, :]) == 1
+
+
+@triton.jit
+def any_of(condition):
+    """Whether a vector of conditions is true anywhere."""
+    return tl.max(tl.where(condition, 1, 0)[None, :]) == 1
 
 
 @triton.jit
@@ -359,19 +379,20 @@ class Gradients:
     float16 has no room for that: there the tile is G, and unit rows are rounded to float16.
     """
 
-    def __init__(self, p: Pair, need_x: bool, need_y: bool) -> None:
+    def __init__(self, p: Pair, need_x: bool, need_y: bool, workspace: int) -> None:
         self.pair, self.need_x, self.need_y = p, need_x, need_y
         M, N, _, _ = p.sizes
         D = p.x.shape[1]
         self.folded = p.gradient != torch.float16
         # The block that fits the workspace: square, but as wide as the matrix is when that is less high.
-        numbers = MAX_WORKSPACE // (4 if p.split else p.gradient.itemsize)
-        side = max(128, math.isqrt(numbers) // 128 * 128)
+        numbers = workspace // (4 if p.split else p.gradient.itemsize)
+        side = max(STEP, math.isqrt(numbers) // STEP * STEP)
         self.height = min(M, side)
-        self.width = min(N, max(side, numbers // self.height // 128 * 128))
-        self.height = min(M, max(self.height, numbers // self.width // 128 * 128))
+        self.width = min(N, max(side, numbers // self.height // STEP * STEP))
+        self.height = min(M, max(self.height, numbers // self.width // STEP * STEP))
         planes = 2 if p.split else 1
-        self.G = torch.empty(planes, self.height, self.width, dtype=p.gradient, device=p.x.device)
+        self.stride = cdiv(self.width, 16) * 16  # rows start on whole words, however many columns there are
+        self.G = torch.empty(planes, self.height, self.stride, dtype=p.gradient, device=p.x.device)
         self.x_factors = self._factors(p.x, p.x_rows, p.x_inverse)
         self.y_factors = self._factors(p.y, p.y_rows, p.y_inverse)
         self.dx = torch.empty(M if need_x else 0, D, dtype=torch.float32, device=p.x.device)
@@ -393,7 +414,7 @@ class Gradients:
     @property
     def workspace(self) -> tuple[Tensor, int, int]:
         """The arguments that `store_gradient` needs: G, the distance between its rows, and between its parts."""
-        return self.G, self.width, self.height * self.width
+        return self.G, self.stride, self.height * self.stride
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -416,14 +437,15 @@ class Gradients:
         The dots, before the factor, sum to Σ_ij G_ij cos_ij.
         """
         p = self.pair
-        T, x, inverse = (self.dx, p.x, p.x_inverse) if of == "x" else (self.dy, p.y, p.y_inverse)
+        sides = {"x": (self.dx, p.x, p.x_inverse, p.x_power), "y": (self.dy, p.y, p.y_inverse, p.y_power)}
+        T, x, inverse, power = sides[of]
         M, D = x.shape
         # The interpreter's stores to bfloat16 do not round.
         dx = torch.empty(M, D, dtype=torch.float32 if p.constants["UPCAST"] else dtype, device=x.device)
         dots = torch.empty(M, dtype=torch.float32, device=x.device)
         constants: dict[str, Any] = {"FOLDED": self.folded, "NORMALIZE": p.normalize, "BLOCK_M": 32, "BLOCK_K": 64}
         launch(_to_rows, (cdiv(M, 32),), T, x, inverse, factor, dx, dots, M, D, **constants)
-        return dx.to(dtype), dots
+        return (dx if power is None else dx.mul_(power[:, None])).to(dtype), dots
 
 
 def _accumulate(out: Tensor, left: list[Tensor], right: list[Tensor], fresh: bool) -> None:

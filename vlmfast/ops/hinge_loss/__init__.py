@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.backend import select
-from vlmfast.ops import _check, _library
+from vlmfast.ops import _check, _library, _limits
 from vlmfast.ops._lazy import Lazy
 from vlmfast.ops._unit import accumulator
 from vlmfast.ops.hinge_loss import _cpu, reference
@@ -25,6 +25,8 @@ def vse_loss(
     *,
     hardest: bool = False,
     normalize: bool = True,
+    precision: str | None = None,
+    max_workspace: int | None = None,
 ) -> Tensor:
     """Sum over the batch of how far foreign pairs come within `margin` of the true ones, in both directions.
 
@@ -47,6 +49,10 @@ def vse_loss(
         margin: how much more similar a true pair must be than a foreign one, >= 0, in units of the similarity.
         hardest: count only the worst foreigner of each row and column (VSE++) instead of all (VSE).
         normalize: divide rows by their lengths first, clamped at 1e-12; False takes them as they are.
+        precision: how a GPU multiplies float32 embeddings: "bf16x3" (two bfloat16 parts each, three products; None
+            means this, or VLMFAST_PRECISION), "tf32" (11 bits) or "ieee" (float32, without the matrix unit).
+        max_workspace: bytes of gradient tiles that a GPU's call may hold at one time; None is 2**27, or
+            VLMFAST_MAX_WORKSPACE.
     Returns:
         [] float32 (float64 for float64 embeddings); 0 for one pair, which has no foreigner.
     Raises:
@@ -69,7 +75,8 @@ def vse_loss(
     grad = torch.is_grad_enabled()
     need_image, need_text = grad and image.requires_grad, grad and text.requires_grad
     backend = select(op, IMPLS, image.device, image, text)
-    return _vse_loss(image, text, float(margin), hardest, normalize, need_image, need_text, backend)[0]
+    limits = _limits.precision(op, precision), _limits.workspace(op, max_workspace)
+    return _vse_loss(image, text, float(margin), hardest, normalize, need_image, need_text, *limits, backend)[0]
 
 
 @_library.op("vse_loss")
@@ -81,19 +88,22 @@ def _vse_loss(
     normalize: bool,
     need_image: bool,
     need_text: bool,
+    precision: str,
+    workspace: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return IMPLS[backend].forward(image, text, margin, hardest, normalize, need_image, need_text)
+    needs = (need_image, need_text)
+    return IMPLS[backend].forward(image, text, margin, hardest, normalize, *needs, precision, workspace)
 
 
 @_vse_loss.register_fake
-def _(image, text, margin, hardest, normalize, need_image, need_text, backend):
+def _(image, text, margin, hardest, normalize, need_image, need_text, *limits):
     loss = image.new_empty((), dtype=accumulator(image, text))
     return loss, loss.new_empty(image.shape if need_image else 0), loss.new_empty(text.shape if need_text else 0)
 
 
 def _setup_context(ctx, inputs, output):
-    image, text, _, _, _, *needs, _ = inputs
+    image, text, _, _, _, *needs, _, _, _ = inputs
     _, *gradients = output
     ctx.needs = needs
     ctx.dtypes = image.dtype, text.dtype
@@ -104,7 +114,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad, *_):
     if grad is None:
-        return (None,) * 8
+        return (None,) * 10
     if torch.is_grad_enabled():
         raise RuntimeError("vse_loss: its gradient cannot be differentiated again; call without create_graph=True")
     dimage, dtext = ctx.saved_tensors
@@ -112,7 +122,7 @@ def _backward(ctx, grad, *_):
     return (
         (grad * dimage).to(ctx.dtypes[0]) if need_image else None,
         (grad * dtext).to(ctx.dtypes[1]) if need_text else None,
-        *(None,) * 6,
+        *(None,) * 8,
     )
 
 

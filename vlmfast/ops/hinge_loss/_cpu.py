@@ -23,6 +23,8 @@ def forward(
     normalize: bool,
     need_x: bool,
     need_y: bool,
+    precision: str,
+    workspace: int,
 ) -> tuple[Tensor, ...]:
     """(loss [], dx [B, D] float32, dy) for an incoming gradient of 1; [0] for one not needed."""
     x, y = x.contiguous(), y.contiguous()

@@ -23,17 +23,23 @@ def forward(
     normalize: bool,
     need_x: bool,
     need_y: bool,
+    precision: str,
+    workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss [], dx [B, D] float32, dy) for an incoming gradient of 1; [0] for one not needed."""
-    p = _tiles.pair(x, y, normalize, kind="hardest" if hardest else "hinge")
+    p = _tiles.pair(x, y, normalize, precision, kind="hardest" if hardest else "hinge")
     positive = _tiles.paired_cosines(p, torch.arange(len(x), device=x.device))  # [B] s_ii
-    return (_hardest if hardest else _sum)(p, positive, margin, need_x, need_y)
+    if hardest:
+        return _hardest(p, positive, margin, need_x, need_y)
+    return _sum(p, positive, margin, need_x, need_y, workspace)
 
 
-def _sum(p: Pair, positive: Tensor, margin: float, need_x: bool, need_y: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _sum(
+    p: Pair, positive: Tensor, margin: float, need_x: bool, need_y: bool, workspace: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Every violation counts. Each active hinge pulls with weight one on s_ij and on the positive that it holds."""
     B, device = len(positive), positive.device
-    gradients = _tiles.Gradients(p, need_x, need_y) if need_x or need_y else None
+    gradients = _tiles.Gradients(p, need_x, need_y, workspace) if need_x or need_y else None
     G = gradients.workspace if gradients else (positive, 0, 0)
     gradient = gradients.constants if gradients else {"FOLD": False, "SPLIT": False}
     constants = {"GRADIENT": gradients is not None, **gradient, **p.constants}
@@ -93,19 +99,21 @@ def _hardest(p: Pair, positive: Tensor, margin: float, need_x: bool, need_y: boo
         x, y = p.x.float() * p.x_inverse[:, None], p.y.float() * p.y_inverse[:, None]
         if need_x:
             dx = row_on * y[row_at] - own * y
-            dx = _to_rows(dx.index_put_((column_at,), column_on * y, accumulate=True), x, p.x_inverse, p.normalize)
+            dx = _to_rows(p, "x", dx.index_put_((column_at,), column_on * y, accumulate=True), x)
         if need_y:
             dy = column_on * x[column_at] - own * x
-            dy = _to_rows(dy.index_put_((row_at,), row_on * x, accumulate=True), y, p.y_inverse, p.normalize)
+            dy = _to_rows(p, "y", dy.index_put_((row_at,), row_on * x, accumulate=True), y)
     return cost.sum(), dx, dy
 
 
-def _to_rows(gradient: Tensor, unit: Tensor, inverse: Tensor, normalize: bool) -> Tensor:
+def _to_rows(p: Pair, of: str, gradient: Tensor, unit: Tensor) -> Tensor:
     """The gradient of unit rows as that of the rows as they came in."""
-    return unit_rows_backward(gradient, unit, 1 / inverse[:, None], normalize)
+    inverse, power = (p.x_inverse, p.x_power) if of == "x" else (p.y_inverse, p.y_power)
+    gradient = unit_rows_backward(gradient, unit, 1 / inverse[:, None], p.normalize)
+    return gradient if power is None else gradient * power[:, None]
 
 
-@triton.jit(do_not_specialize=["G_stride", "G_plane", "margin", "M", "N", "row0", "col0", "rows", "cols"])
+@triton.jit(do_not_specialize=["margin", "M", "N", "rows", "cols"])
 def _hinge_tiles(
     x,
     y,
@@ -162,7 +170,7 @@ def _hinge_tiles(
         store_gradient(g, G, m - row0, n - col0, rows, cols, G_stride, G_plane, SPLIT)
 
 
-@triton.jit(do_not_specialize=["M", "N", "row0", "col0", "rows", "cols"])
+@triton.jit(do_not_specialize=["M", "N", "rows", "cols"])
 def _hardest_tiles(
     x,
     y,

@@ -25,6 +25,8 @@ def forward(
     normalize: bool,
     need_x: bool,
     need_y: bool,
+    precision: str,
+    workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [] and its gradients dx [B, D], dy [B, D]; those not needed are empty [0]."""
     acc = accumulator(x, y)

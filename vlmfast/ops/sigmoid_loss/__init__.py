@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.backend import select
-from vlmfast.ops import _check, _library
+from vlmfast.ops import _check, _library, _limits
 from vlmfast.ops._lazy import Lazy
 from vlmfast.ops._unit import accumulator
 from vlmfast.ops.sigmoid_loss import _cpu, reference
@@ -25,6 +25,8 @@ def siglip_loss(
     logit_bias: Tensor | float,  # []
     *,
     normalize: bool = True,
+    precision: str | None = None,
+    max_workspace: int | None = None,
 ) -> Tensor:
     """Mean over images of the binary cross-entropies of "is this text mine", asked of every text, in nats.
 
@@ -43,6 +45,10 @@ def siglip_loss(
         logit_scale: [] or [1], the multiplier itself (1 / temperature), not its log; or a number.
         logit_bias: [] or [1], added to every logit; or a number.
         normalize: divide rows by their lengths first, clamped at 1e-12; False takes them as they are.
+        precision: how a GPU multiplies float32 embeddings: "bf16x3" (two bfloat16 parts each, three products; None
+            means this, or VLMFAST_PRECISION), "tf32" (11 bits) or "ieee" (float32, without the matrix unit).
+        max_workspace: bytes of gradient tiles that a GPU's call may hold at one time; None is 2**27, or
+            VLMFAST_MAX_WORKSPACE.
     Returns:
         [] float32 (float64 for float64 embeddings): the sum over all pairs divided by B, not by B².
     Raises:
@@ -65,7 +71,9 @@ def siglip_loss(
     need_image, need_text = grad and image.requires_grad, grad and text.requires_grad
     need_scalars = grad and (scale.requires_grad or bias.requires_grad)
     backend = select(op, IMPLS, image.device, image, text)
-    return _siglip_loss(image, text, scale, bias, normalize, need_image, need_text, need_scalars, backend)[0]
+    needs = (need_image, need_text, need_scalars)
+    limits = _limits.precision(op, precision), _limits.workspace(op, max_workspace)
+    return _siglip_loss(image, text, scale, bias, normalize, *needs, *limits, backend)[0]
 
 
 def _number(op: str, name: str, value: Tensor | float, image: Tensor, text: Tensor) -> Tensor:
@@ -88,13 +96,16 @@ def _siglip_loss(
     need_image: bool,
     need_text: bool,
     need_scalars: bool,
+    precision: str,
+    workspace: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return IMPLS[backend].forward(image, text, logit_scale, logit_bias, normalize, need_image, need_text, need_scalars)
+    needs = (need_image, need_text, need_scalars)
+    return IMPLS[backend].forward(image, text, logit_scale, logit_bias, normalize, *needs, precision, workspace)
 
 
 @_siglip_loss.register_fake
-def _(image, text, logit_scale, logit_bias, normalize, need_image, need_text, need_scalars, backend):
+def _(image, text, logit_scale, logit_bias, normalize, need_image, need_text, need_scalars, *limits):
     number = image.new_empty((), dtype=accumulator(image, text))
     dimage = number.new_empty(image.shape if need_image else 0)
     dtext = number.new_empty(text.shape if need_text else 0)
@@ -102,7 +113,7 @@ def _(image, text, logit_scale, logit_bias, normalize, need_image, need_text, ne
 
 
 def _setup_context(ctx, inputs, output):
-    image, text, _, _, _, *needs, _ = inputs
+    image, text, _, _, _, *needs, _, _, _ = inputs
     _, *gradients = output
     ctx.needs = needs
     ctx.dtypes = image.dtype, text.dtype
@@ -113,7 +124,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad, *_):
     if grad is None:
-        return (None,) * 9
+        return (None,) * 11
     if torch.is_grad_enabled():
         raise RuntimeError("siglip_loss: its gradient cannot be differentiated again; call without create_graph=True")
     dimage, dtext, dscale, dbias = ctx.saved_tensors
@@ -123,7 +134,7 @@ def _backward(ctx, grad, *_):
         (grad * dtext).to(ctx.dtypes[1]) if need_text else None,
         grad * dscale if need_scalars else None,
         grad * dbias if need_scalars else None,
-        *(None,) * 5,
+        *(None,) * 7,
     )
 
 

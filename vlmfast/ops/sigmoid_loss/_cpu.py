@@ -24,6 +24,8 @@ def forward(
     need_x: bool,
     need_y: bool,
     need_scalars: bool,
+    precision: str,
+    workspace: int,
 ) -> tuple[Tensor, ...]:
     """(loss [], dx [B, D] float32, dy, dscale [], dbias []) for an incoming gradient of 1; [0] for one not needed."""
     x, y = x.contiguous(), y.contiguous()

@@ -23,11 +23,13 @@ def forward(
     need_x: bool,
     need_y: bool,
     need_scalars: bool,
+    precision: str,
+    workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss [], dx [B, D] float32, dy, dscale [], dbias []) for an incoming gradient of 1; [0] for one not needed."""
-    p = _tiles.pair(x, y, normalize, kind="sigmoid")
+    p = _tiles.pair(x, y, normalize, precision, kind="sigmoid")
     B = len(x)
-    gradients = _tiles.Gradients(p, need_x, need_y) if need_x or need_y else None
+    gradients = _tiles.Gradients(p, need_x, need_y, workspace) if need_x or need_y else None
     G = gradients.workspace if gradients else (logit_scale, 0, 0)  # never written then, but an address is needed
     unit = 4096.0 if p.gradient == torch.float16 else 1.0  # sigmoids down to 1e-9 fit float16
     constants = {
@@ -56,7 +58,7 @@ def forward(
     return loss, dx, dy, dscale, dbias
 
 
-@triton.jit(do_not_specialize=["G_stride", "G_plane", "M", "N", "row0", "col0", "rows", "cols", "tiles"])
+@triton.jit(do_not_specialize=["M", "N", "rows", "cols", "tiles"])
 def _sigmoid_tiles(
     x,
     y,

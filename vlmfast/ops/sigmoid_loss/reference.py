@@ -25,6 +25,8 @@ def forward(
     need_x: bool,
     need_y: bool,
     need_scalars: bool,
+    precision: str,
+    workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss [] and its gradients dx [B, D], dy [B, D], dscale [], dbias []; those not needed are empty [0] or zero."""
     acc = accumulator(x, y)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlmfast.backend import select
 from vlmfast.errors import ShapeError
-from vlmfast.ops import _check, _library
+from vlmfast.ops import _check, _library, _limits
 from vlmfast.ops._lazy import Lazy
 from vlmfast.ops._unit import accumulator
 from vlmfast.ops.similarity import _cpu, reference
@@ -24,6 +24,7 @@ def normalized_similarity(
     items: Tensor,  # [N, D]
     *,
     normalize: bool = True,
+    precision: str | None = None,
 ) -> Tensor:
     """The cosine of every query with every item.
 
@@ -37,6 +38,8 @@ def normalized_similarity(
             on the reference. query and items may differ in dtype.
         items: [N, D].
         normalize: divide rows by their lengths first, clamped at 1e-12; False gives plain dot products.
+        precision: how a GPU multiplies float32 embeddings: "bf16x3" (two bfloat16 parts each, three products; None
+            means this, or VLMFAST_PRECISION), "tf32" (11 bits) or "ieee" (float32, without the matrix unit).
     Returns:
         [M, N] float32 (float64 for float64 embeddings). Where only the best or a rank is wanted, `similarity_topk`
         and `rank_counts` do without this matrix.
@@ -47,7 +50,9 @@ def normalized_similarity(
     Source: cosine similarity, as in Radford et al. 2021, Fig. 3.
     """
     backend = _checked("normalized_similarity", query, items, normalize)
-    return _normalized_similarity(query, items, normalize, backend)
+    return _normalized_similarity(
+        query, items, normalize, _limits.precision("normalized_similarity", precision), backend
+    )
 
 
 def similarity_topk(
@@ -56,6 +61,7 @@ def similarity_topk(
     k: int,
     *,
     normalize: bool = True,
+    precision: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k items most similar to each query, best first.
 
@@ -73,6 +79,8 @@ def similarity_topk(
         items: [N, D].
         k: how many, from 1 to N.
         normalize: divide rows by their lengths first, clamped at 1e-12; False ranks by dot products.
+        precision: how a GPU multiplies float32 embeddings: "bf16x3" (two bfloat16 parts each, three products; None
+            means this, or VLMFAST_PRECISION), "tf32" (11 bits) or "ieee" (float32, without the matrix unit).
     Returns:
         values [M, k] float32 (float64 for float64 embeddings), descending; indices [M, k] int64 into items.
     Raises:
@@ -85,7 +93,7 @@ def similarity_topk(
     backend = _checked(op, query, items, normalize)
     if not 1 <= k <= items.shape[0]:
         raise ShapeError(f"{op}: k must be in [1, N = {items.shape[0]}], the number of items; got {k}")
-    return _similarity_topk(query.detach(), items.detach(), k, normalize, backend)
+    return _similarity_topk(query.detach(), items.detach(), k, normalize, _limits.precision(op, precision), backend)
 
 
 def rank_counts(
@@ -94,6 +102,7 @@ def rank_counts(
     positives: Tensor,  # [M] or [M, P]
     *,
     normalize: bool = True,
+    precision: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """How many items stand above each query's best positive, and how many wrong ones stand exactly beside it.
 
@@ -113,6 +122,8 @@ def rank_counts(
         positives: [M] or [M, P] int64, the items that are right for each query, in [0, N); -1 fills up shorter lists.
             A query with none at all has every item above it.
         normalize: divide rows by their lengths first, clamped at 1e-12; False ranks by dot products.
+        precision: how a GPU multiplies float32 embeddings: "bf16x3" (two bfloat16 parts each, three products; None
+            means this, or VLMFAST_PRECISION), "tf32" (11 bits) or "ieee" (float32, without the matrix unit).
     Returns:
         above [M] int64 and ties [M] int64; above + ties < N, but for NaN and queries without a positive.
     Raises:
@@ -132,7 +143,8 @@ def rank_counts(
     _check.is_integer(op, positives=positives)
     _check.same_device(op, query=query, positives=positives)
     positives = _in_range(op, positives.reshape(query.shape[0], -1), items.shape[0])
-    return _rank_counts(query.detach(), items.detach(), positives, normalize, backend)
+    precision = _limits.precision(op, precision)
+    return _rank_counts(query.detach(), items.detach(), positives, normalize, precision, backend)
 
 
 def _in_range(op: str, positives: Tensor, N: int) -> Tensor:
@@ -158,12 +170,12 @@ def _checked(op: str, query: Tensor, items: Tensor, normalize: bool) -> str:
 
 
 @_library.op("normalized_similarity")
-def _normalized_similarity(query: Tensor, items: Tensor, normalize: bool, backend: str) -> Tensor:
-    return IMPLS[backend].forward(query, items, normalize)
+def _normalized_similarity(query: Tensor, items: Tensor, normalize: bool, precision: str, backend: str) -> Tensor:
+    return IMPLS[backend].forward(query, items, normalize, precision)
 
 
 @_normalized_similarity.register_fake
-def _(query, items, normalize, backend):
+def _(query, items, normalize, precision, backend):
     return query.new_empty(query.shape[0], items.shape[0], dtype=accumulator(query, items))
 
 
@@ -187,7 +199,7 @@ def _(grad, query, items, normalize, need_query, need_items, backend):
 
 
 def _setup_context(ctx, inputs, output):
-    query, items, ctx.normalize, ctx.backend = inputs
+    query, items, ctx.normalize, _, ctx.backend = inputs
     ctx.save_for_backward(query, items)
 
 
@@ -197,31 +209,33 @@ def _backward(ctx, grad):
     dquery, ditems = _normalized_similarity_backward(
         grad, query, items, ctx.normalize, need_query, need_items, ctx.backend
     )
-    return dquery if need_query else None, ditems if need_items else None, None, None
+    return dquery if need_query else None, ditems if need_items else None, None, None, None
 
 
 _normalized_similarity.register_autograd(_backward, setup_context=_setup_context)
 
 
 @_library.op("similarity_topk")
-def _similarity_topk(query: Tensor, items: Tensor, k: int, normalize: bool, backend: str) -> tuple[Tensor, Tensor]:
-    return IMPLS[backend].topk(query, items, k, normalize)
+def _similarity_topk(
+    query: Tensor, items: Tensor, k: int, normalize: bool, precision: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    return IMPLS[backend].topk(query, items, k, normalize, precision)
 
 
 @_similarity_topk.register_fake
-def _(query, items, k, normalize, backend):
+def _(query, items, k, normalize, precision, backend):
     values = query.new_empty(query.shape[0], k, dtype=accumulator(query, items))
     return values, torch.empty_like(values, dtype=torch.int64)
 
 
 @_library.op("rank_counts")
 def _rank_counts(
-    query: Tensor, items: Tensor, positives: Tensor, normalize: bool, backend: str
+    query: Tensor, items: Tensor, positives: Tensor, normalize: bool, precision: str, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return IMPLS[backend].ranks(query, items, positives, normalize)
+    return IMPLS[backend].ranks(query, items, positives, normalize, precision)
 
 
 @_rank_counts.register_fake
-def _(query, items, positives, normalize, backend):
+def _(query, items, positives, normalize, precision, backend):
     above = query.new_empty(query.shape[0], dtype=torch.int64)
     return above, torch.empty_like(above)

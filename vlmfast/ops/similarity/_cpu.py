@@ -24,6 +24,7 @@ def forward(
     query: Tensor,  # [M, D]
     items: Tensor,  # [N, D]
     normalize: bool,
+    precision: str,
 ) -> Tensor:
     """[M, N] similarities."""
     query, items = query.contiguous(), items.contiguous()
@@ -37,6 +38,7 @@ def topk(
     items: Tensor,  # [N, D]
     k: int,
     normalize: bool,
+    precision: str,
 ) -> tuple[Tensor, Tensor]:
     """Values [M, k] in descending order and the items [M, k] they belong to; among equals, the lower index first."""
     query, items = query.contiguous(), items.contiguous()
@@ -50,6 +52,7 @@ def ranks(
     items: Tensor,  # [N, D]
     positives: Tensor,  # [M, P] int64
     normalize: bool,
+    precision: str,
 ) -> tuple[Tensor, Tensor]:
     """(items above each query's best positive [M], other items equal to it [M])."""
     query, items, positives = query.contiguous(), items.contiguous(), positives.contiguous()

@@ -29,9 +29,10 @@ def forward(
     query: Tensor,  # [M, D]
     items: Tensor,  # [N, D]
     normalize: bool,
+    precision: str,
 ) -> Tensor:
     """[M, N] similarities."""
-    p = _tiles.pair(query, items, normalize, kind="matrix")
+    p = _tiles.pair(query, items, normalize, precision, kind="matrix")
     M, N, _, _ = p.sizes
     out = torch.empty(M, N, device=query.device)
     tiles = cdiv(M, p.config.block_m) * cdiv(N, p.config.block_n)
@@ -44,11 +45,12 @@ def topk(
     items: Tensor,  # [N, D]
     k: int,
     normalize: bool,
+    precision: str,
 ) -> tuple[Tensor, Tensor]:
     """Values [M, k] in descending order and the items [M, k] they belong to; among equals, the lower index first."""
     if k > _LIST:
-        return _sorted_topk(query, items, k, normalize)
-    p = _tiles.pair(query, items, normalize, kind="topk")
+        return _sorted_topk(query, items, k, normalize, precision)
+    p = _tiles.pair(query, items, normalize, precision, kind="topk")
     M, _, _, _ = p.sizes
     splits, span = _splits(p)
     length = max(2, 1 << (k - 1).bit_length())
@@ -69,9 +71,10 @@ def ranks(
     items: Tensor,  # [N, D]
     positives: Tensor,  # [M, P] int64, -1: none
     normalize: bool,
+    precision: str,
 ) -> tuple[Tensor, Tensor]:
     """(items above each query's best positive [M], other items equal to it [M])."""
-    p = _tiles.pair(query, items, normalize, kind="ranks")
+    p = _tiles.pair(query, items, normalize, precision, kind="ranks")
     M, _, _, _ = p.sizes
     positives = positives.sort(1).values
     own = torch.stack([_scores_of(p, column) for column in positives.unbind(1)], 1)  # [M, P]
@@ -88,11 +91,11 @@ def ranks(
     return above.sum(0), ties.sum(0) - positive_ties
 
 
-def _sorted_topk(query: Tensor, items: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+def _sorted_topk(query: Tensor, items: Tensor, k: int, normalize: bool, precision: str) -> tuple[Tensor, Tensor]:
     """Some whole rows of S at a time, sorted."""
     values, indices = [], []
     for rows in query.split(max(1, _SORTED // len(items))):
-        best, at = forward(rows, items, normalize).sort(dim=1, descending=True, stable=True)
+        best, at = forward(rows, items, normalize, precision).sort(dim=1, descending=True, stable=True)
         values.append(best[:, :k].clone())  # a view would keep all N alive
         indices.append(at[:, :k].clone())
     return torch.cat(values), torch.cat(indices)

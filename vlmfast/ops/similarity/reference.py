@@ -21,6 +21,7 @@ def forward(
     query: Tensor,  # [M, D]
     items: Tensor,  # [N, D]
     normalize: bool,
+    precision: str,
 ) -> Tensor:
     """[M, N] similarities."""
     acc = accumulator(query, items)
@@ -52,6 +53,7 @@ def topk(
     items: Tensor,  # [N, D]
     k: int,
     normalize: bool,
+    precision: str,
 ) -> tuple[Tensor, Tensor]:
     """Values [M, k] in descending order and the items [M, k] they belong to; among equals, the lower index first."""
     values, indices = [], []
@@ -67,6 +69,7 @@ def ranks(
     items: Tensor,  # [N, D]
     positives: Tensor,  # [M, P] int64, -1: none
     normalize: bool,
+    precision: str,
 ) -> tuple[Tensor, Tensor]:
     """[M] items above the best positive, and [M] items beside it that are no positives themselves."""
     above, ties = [], []

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlmfast.backend import select
 from vlmfast.errors import ShapeError
-from vlmfast.ops import _check, _library
+from vlmfast.ops import _check, _library, _limits
 from vlmfast.ops._lazy import Lazy
 from vlmfast.ops._unit import accumulator
 from vlmfast.ops.softmax_loss import _cpu, reference
@@ -26,6 +26,8 @@ def clip_loss(
     *,
     label_smoothing: float = 0.0,
     normalize: bool = True,
+    precision: str | None = None,
+    max_workspace: int | None = None,
 ) -> Tensor:
     """Mean symmetric cross-entropy of matching each image to its text, in nats.
 
@@ -42,12 +44,17 @@ def clip_loss(
             number.
         label_smoothing: in [0, 1): the part of the target that is spread over all B, as in ALIGN.
         normalize: divide each row by its length first, as F.normalize (lengths are clamped at 1e-12).
+        precision: how a GPU multiplies float32 embeddings: "bf16x3" (two bfloat16 parts each, three products; None
+            means this, or VLMFAST_PRECISION), "tf32" (11 bits) or "ieee" (float32, without the matrix unit).
+        max_workspace: bytes of tiles that a GPU's call may hold at one time, in the backward and from forward to
+            backward; None is 2**27, or VLMFAST_MAX_WORKSPACE. More of it spares computing tiles a second time.
     Returns: [] float32 (float64 for float64 embeddings).
     Raises:
         ShapeError: image and text are not matrices of one shape, one has no rows, or logit_scale is not one number.
         DTypeError: a tensor is not floating.
         BackendError: a backend was forced that cannot run this call.
-        ValueError: the tensors lie on different devices, or label_smoothing is out of range.
+        ValueError: the tensors lie on different devices, label_smoothing or max_workspace is out of range, or precision
+            is unknown.
     Source: Radford et al. 2021, Fig. 3; smoothing as in Jia et al. 2021. We clamp lengths at 1e-12; the paper does not.
     """
     op = "clip_loss"
@@ -57,8 +64,9 @@ def clip_loss(
     B = image.shape[0]
     ids = torch.arange(B, device=image.device)
     weight = torch.full((B,), 0.5 / B, dtype=accumulator(image, text), device=image.device)
-    plan = (ids, ids, weight, weight, None, None, "index", float(label_smoothing), normalize, backend)
-    return _softmax_loss(image, text, logit_scale, *plan)[0]
+    plan = (ids, ids, weight, weight, None, None, "index", float(label_smoothing), normalize)
+    limits = _limited(op, precision, max_workspace, image, text, logit_scale)
+    return _softmax_loss(image, text, logit_scale, *plan, *limits, backend)[0]
 
 
 def info_nce_loss(
@@ -74,6 +82,8 @@ def info_nce_loss(
     directions: str = "rows",
     label_smoothing: float = 0.0,
     normalize: bool = True,
+    precision: str | None = None,
+    max_workspace: int | None = None,
 ) -> Tensor:
     """Mean cross-entropy of finding each query's positive keys among all keys, in nats.
 
@@ -102,6 +112,10 @@ def info_nce_loss(
         label_smoothing: in [0, 1): the part of a target that is spread over all keys (columns: all queries). Not with
             "in", which has no target distribution.
         normalize: divide each row by its length first, as F.normalize (lengths are clamped at 1e-12).
+        precision: how a GPU multiplies float32 embeddings: "bf16x3" (two bfloat16 parts each, three products; None
+            means this, or VLMFAST_PRECISION), "tf32" (11 bits) or "ieee" (float32, without the matrix unit).
+        max_workspace: bytes of tiles that a GPU's call may hold at one time, in the backward and from forward to
+            backward; None is 2**27, or VLMFAST_MAX_WORKSPACE. More of it spares computing tiles a second time.
     Returns: [] float32 (float64 for float64 embeddings).
     Raises:
         ShapeError: query or key is not a matrix with rows, their widths differ, logit_scale is not one number, labels
@@ -153,8 +167,9 @@ def info_nce_loss(
         row_weight, row_share = _weights(row_ids, col_ids, form, part, dtype)
     if directions != "rows":
         col_weight, col_share = _weights(col_ids, row_ids, form, part, dtype)
-    plan = (row_ids, col_ids, row_weight, col_weight, row_share, col_share, form)
-    return _softmax_loss(query, key, logit_scale, *plan, float(label_smoothing), normalize, backend)[0]
+    plan = (row_ids, col_ids, row_weight, col_weight, row_share, col_share, form, float(label_smoothing), normalize)
+    limits = _limited(op, precision, max_workspace, query, key, logit_scale)
+    return _softmax_loss(query, key, logit_scale, *plan, *limits, backend)[0]
 
 
 def _weights(
@@ -168,6 +183,16 @@ def _weights(
         positives = (torch.searchsorted(other, ids, right=True) - torch.searchsorted(other, ids)).to(dtype)
     has = (positives > 0).to(dtype)
     return has * (part / has.sum().clamp_min(1)), has / positives.clamp_min(1) if form == "out" else None
+
+
+def _limited(op: str, precision: str | None, max_workspace: int | None, *inputs: Tensor) -> tuple[str, int, int]:
+    """(precision, bytes that the forward may keep for the backward, bytes of the backward's own)."""
+    chosen, most = _limits.precision(op, precision), _limits.workspace(op, max_workspace)
+    x, y, _ = inputs
+    own = min(most, _limits.MAX_WORKSPACE, 4 * x.shape[0] * y.shape[0])
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    # A compiler plans with sizes that it knows: what is kept depends on the backend.
+    return chosen, most - own if wanted and not torch.compiler.is_compiling() else 0, own
 
 
 def _checked(op: str, label_smoothing: float, normalize: bool, logit_scale: Tensor | float, **sides: Tensor) -> Tensor:
@@ -232,10 +257,13 @@ def _softmax_loss(
     form: str,
     label_smoothing: float,
     normalize: bool,
+    precision: str,
+    keep: int,
+    workspace: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     plan = (row_ids, col_ids, row_weight, col_weight, row_share, col_share, form, label_smoothing, normalize)
-    return IMPLS[backend].forward(x, y, logit_scale, *plan)
+    return IMPLS[backend].forward(x, y, logit_scale, *plan, precision, keep)
 
 
 @_softmax_loss.register_fake
@@ -244,7 +272,8 @@ def _(x, y, logit_scale, row_ids, col_ids, row_weight, col_weight, row_share, co
     M = 0 if row_weight is None else x.shape[0]
     N = 0 if col_weight is None else y.shape[0]
     positive = (M, N) if form == "in" else (0, 0)
-    return x.new_empty((), dtype=dtype), *(x.new_empty(size, dtype=torch.float64) for size in (M, N, *positive))
+    lses = (x.new_empty(size, dtype=torch.float64) for size in (M, N, *positive))
+    return x.new_empty((), dtype=dtype), *lses, x.new_empty(0, dtype=torch.uint8)
 
 
 @_library.op("softmax_loss_backward")
@@ -266,40 +295,42 @@ def _softmax_loss_backward(
     col_lse: Tensor,
     row_pos_lse: Tensor,
     col_pos_lse: Tensor,
+    kept: Tensor,
     need_x: bool,
     need_y: bool,
+    precision: str,
+    workspace: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     plan = (row_ids, col_ids, row_weight, col_weight, row_share, col_share, form, label_smoothing, normalize)
-    saved = (row_lse, col_lse, row_pos_lse, col_pos_lse)
-    return IMPLS[backend].backward(grad, x, y, logit_scale, *plan, *saved, need_x, need_y)
+    saved = (row_lse, col_lse, row_pos_lse, col_pos_lse, kept)
+    return IMPLS[backend].backward(grad, x, y, logit_scale, *plan, *saved, need_x, need_y, precision, workspace)
 
 
 @_softmax_loss_backward.register_fake
 def _(grad, x, y, *rest):
-    need_x, need_y, _ = rest[-3:]
+    need_x, need_y = rest[-5:-3]
     dx = x.new_empty(x.shape if need_x else 0)
     dy = y.new_empty(y.shape if need_y else 0)
     return dx, dy, x.new_empty((), dtype=accumulator(x, y))
 
 
 def _keep(ctx, inputs, output) -> None:
-    *tensors, form, label_smoothing, normalize, backend = inputs
+    *tensors, form, label_smoothing, normalize, precision, _, workspace, backend = inputs
     ctx.save_for_backward(*tensors, *output[1:])
-    ctx.options = (form, label_smoothing, normalize)
-    ctx.backend = backend
+    ctx.plan = (form, label_smoothing, normalize)
+    ctx.limits = (precision, workspace, backend)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, *_):
     if grad is None:
-        return (None,) * 13
-    *tensors, row_lse, col_lse, row_pos_lse, col_pos_lse = ctx.saved_tensors
+        return (None,) * 16
+    tensors, saved = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
     need_x, need_y, need_scale = ctx.needs_input_grad[:3]
-    saved = (row_lse, col_lse, row_pos_lse, col_pos_lse)
-    dx, dy, dscale = _softmax_loss_backward(grad, *tensors, *ctx.options, *saved, need_x, need_y, ctx.backend)
-    return dx if need_x else None, dy if need_y else None, dscale if need_scale else None, *(None,) * 10
+    dx, dy, dscale = _softmax_loss_backward(grad, *tensors, *ctx.plan, *saved, need_x, need_y, *ctx.limits)
+    return dx if need_x else None, dy if need_y else None, dscale if need_scale else None, *(None,) * 13
 
 
 _softmax_loss.register_autograd(_backward, setup_context=_keep)

@@ -30,8 +30,10 @@ def forward(
     form: str,
     label_smoothing: float,
     normalize: bool,
+    precision: str,
+    keep: int,  # bytes that may be kept for the backward
 ) -> tuple[Tensor, ...]:
-    """(loss [], row_lse [M], col_lse [N], row_pos_lse [M], col_pos_lse [N]); what a call has no use for is [0]."""
+    """(loss [], row_lse [M], col_lse [N], row_pos_lse [M], col_pos_lse [N], kept); what a call has no use for is [0]."""
     x, y = x.contiguous(), y.contiguous()
     M = 0 if row_weight is None else len(x)
     N = 0 if col_weight is None else len(y)
@@ -42,7 +44,7 @@ def forward(
     cols = tuple(map(address, (ids[1], col_weight, col_share, lses[1], lses[3])))
     options = (logit_scale.item(), label_smoothing, _FORMS[form])
     loss = C.softmax_loss_forward(*_native.pair(x, y, normalize), rows, cols, *options)
-    return torch.tensor(loss, dtype=torch.float32), *lses
+    return torch.tensor(loss, dtype=torch.float32), *lses, _native.empty(0, dtype=torch.uint8)
 
 
 def backward(
@@ -63,8 +65,11 @@ def backward(
     col_lse: Tensor,
     row_pos_lse: Tensor,
     col_pos_lse: Tensor,
+    kept: Tensor,
     need_x: bool,
     need_y: bool,
+    precision: str,
+    workspace: int,
 ) -> tuple[Tensor, ...]:
     """(dx [M, D] in x's dtype, dy [N, D] in y's, dscale []); an embedding gradient that is not needed is [0]."""
     x, y = x.contiguous(), y.contiguous()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.ops import _tiles
-from vlmfast.ops._tiles import LN2, LOG2E, NONE, Pair, all_of, cdiv, products, store_gradient, tile_at, tl, triton
+from vlmfast.ops._tiles import LOG2E, NONE, Pair, all_of, any_of, cdiv, products, store_gradient, tile_at, tl, triton
 
 INDEX, OUT, IN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _FORMS = {"index": 0, "out": 1, "in": 2}
@@ -38,23 +38,24 @@ def forward(
     form: str,
     label_smoothing: float,
     normalize: bool,
+    precision: str,
+    keep: int,
 ) -> tuple[Tensor, ...]:
-    """(loss [], row_lse [M], col_lse [N], row_pos_lse [M], col_pos_lse [N]); what a call has no use for is [0]."""
-    p = _tiles.pair(x, y, normalize, kind="softmax" if form == "index" else "positives")
-    rows, cols = _sums(p, logit_scale, row_ids, col_ids, row_weight is not None, col_weight is not None, form)
-    loss = torch.zeros((), device=x.device)
-    row_lse, col_lse, row_pos_lse, col_pos_lse = (torch.empty(0, device=x.device) for _ in range(4))
-    if row_weight is not None:
-        part, row_lse, row_pos_lse = _side_loss(
-            p, logit_scale, rows, row_ids, row_weight, row_share, form, label_smoothing, swap=False
-        )
-        loss = loss + part
-    if col_weight is not None:
-        part, col_lse, col_pos_lse = _side_loss(
-            p, logit_scale, cols, col_ids, col_weight, col_share, form, label_smoothing, swap=True
-        )
-        loss = loss + part
-    return loss, row_lse, col_lse, row_pos_lse, col_pos_lse
+    """(loss [], row_lse [M], col_lse [N], row_pos_lse [M], col_pos_lse [N], kept); what a call has no use for is [0].
+
+    The log-sum-exps are float64; kept is of at most `keep` bytes.
+    """
+    p = _tiles.pair(x, y, normalize, precision, kind="softmax" if form == "index" else "positives")
+    kept = Kept.empty(p, keep if form == "index" and row_weight is not None else 0)
+    rows = _Side(p.sizes[0], row_ids, row_weight, row_share, form, x.device)
+    cols = _Side(p.sizes[1], col_ids, col_weight, col_share, form, x.device)
+    _sum_tiles(p, logit_scale, rows, cols, kept, form)
+    if label_smoothing > 0:
+        rows.mean, cols.mean = _mean_logits(p, logit_scale)
+    loss = torch.cat([side.finish(logit_scale, label_smoothing) for side in (rows, cols)]).sum().float()
+    if len(kept.data):
+        kept.positive.copy_(rows.positive[: len(kept.data)])
+    return loss, rows.lse, cols.lse, rows.positive_lse, cols.positive_lse, kept.data
 
 
 def backward(
@@ -75,44 +76,42 @@ def backward(
     col_lse: Tensor,
     row_pos_lse: Tensor,
     col_pos_lse: Tensor,
+    kept: Tensor,
     need_x: bool,
     need_y: bool,
+    precision: str,
+    workspace: int,
 ) -> tuple[Tensor, ...]:
     """(dx [M, D] in x's dtype, dy [N, D] in y's, dscale []); an embedding gradient that is not needed is [0]."""
-    p = _tiles.pair(x, y, normalize, kind="softmax" if form == "index" else "positives")
+    p = _tiles.pair(x, y, normalize, precision, kind="softmax" if form == "index" else "positives")
     # The gradient of the scale is a by-product of either embedding's.
-    gradients = _tiles.Gradients(p, need_x or not need_y, need_y)
+    gradients = _tiles.Gradients(p, need_x or not need_y, need_y, workspace)
     factor = grad.float()
     if p.gradient == torch.float16:  # weights near 1 / N would leave its range: the largest becomes 2^12
         weights = [weight for weight in (row_weight, col_weight) if weight is not None]
         unit = 4096 / torch.stack([weight.amax() for weight in weights]).amax().clamp_min(1e-30)
         row_weight, col_weight = (None if weight is None else weight * unit for weight in (row_weight, col_weight))
         factor = factor / unit
+    M, N, _, _ = p.sizes
+    saved = Kept(p, kept)
     vectors = (
         row_ids,
-        row_weight,
-        row_share,
-        row_lse,
-        row_pos_lse,
+        _terms(row_lse, row_pos_lse, row_weight, row_share, form, label_smoothing, others=N),
         col_ids,
-        col_weight,
-        col_share,
-        col_lse,
-        col_pos_lse,
+        _terms(col_lse, col_pos_lse, col_weight, col_share, form, label_smoothing, others=M),
     )
     constants = {
         "ROWS": row_weight is not None,
         "COLS": col_weight is not None,
         "FORM": _FORMS[form],
         "SMOOTH": label_smoothing > 0,
+        "KEPT": len(kept) > 0,
         **gradients.constants,
         **p.constants,
     }
-    # An absent vector is never read, but needs an address.
-    pointers = [logit_scale if vector is None else vector for vector in vectors]
     for block in gradients.blocks():
         grid = (cdiv(block[2], p.config.block_m) * cdiv(block[3], p.config.block_n),)
-        arguments = (*p.operands, logit_scale, *pointers, *gradients.workspace, label_smoothing, *p.sizes, *block)
+        arguments = (*p.operands, logit_scale, *vectors, *saved.arguments, *gradients.workspace, *p.sizes, *block)
         _tiles.launch(_gradient_tiles, grid, *arguments, config=p.config, **constants)
         gradients.add(*block)
 
@@ -124,31 +123,95 @@ def backward(
     return dx if need_x else x.new_empty(0), dy, factor * dots.sum()
 
 
-def _sums(
-    p: Pair, logit_scale: Tensor, row_ids: Tensor, col_ids: Tensor, rows: bool, cols: bool, form: str
-) -> tuple[Tensor, Tensor]:
-    """(reference, total, and the positives' part) of every row [planes, M] and every column [planes, N]."""
-    planes, device = _PLANES[form], p.x.device
-    states = [
-        torch.empty(planes, size if here else 0, device=device)
-        for size, here in ((p.sizes[0], rows), (p.sizes[1], cols))
-    ]
-    edge = _tiles.EDGE
-    most = [min(edge, size) for size in p.sizes[:2]]
+class Kept:
+    """What the backward need not compute again: 2^(z - reference) of the first rows of S, as the forward had it.
+
+    A row of `data` holds its powers [N] in the dtype of gradient tiles, the reference of each tile that it crosses, and
+    z of its positive in float32: p - 1 would be all rounding. A tile that one reference did not serve says NaN, and is
+    computed again.
+    """
+
+    def __init__(self, p: Pair, data: Tensor) -> None:
+        self.data = data  # [rows, bytes] uint8, or [0]
+        if len(data) == 0:
+            self.arguments: tuple = (p.x_inverse, 0, p.x_inverse, 0, 0)  # never read, but addresses are needed
+            return
+        tiles = cdiv(p.sizes[1], p.config.block_n)
+        powers = data[:, : -4 * (tiles + 1)].view(p.gradient)
+        others = data[:, -4 * (tiles + 1) :].view(torch.float32)
+        self.positive = others[:, tiles]  # [rows]
+        self.arguments = (powers, powers.stride(0), others, others.stride(0), len(data))
+
+    @classmethod
+    def empty(cls, p: Pair, most: int) -> Kept:
+        """Room for as many rows as `most` bytes hold; for none in float16, which has no room for small powers."""
+        M, N, _, _ = p.sizes
+        size = cdiv(N * p.gradient.itemsize, 16) * 16 + cdiv(4 * (cdiv(N, p.config.block_n) + 1), 16) * 16
+        rows = min(M, most // size // p.config.block_m * p.config.block_m)
+        if p.split or p.gradient == torch.float16 or rows == 0:
+            return cls(p, torch.empty(0, dtype=torch.uint8, device=p.x.device))
+        return cls(p, torch.empty(rows, size, dtype=torch.uint8, device=p.x.device))
+
+
+class _Side:
+    """The rows, or the columns, on their way to a loss."""
+
+    def __init__(
+        self, size: int, ids: Tensor, weight: Tensor | None, share: Tensor | None, form: str, device: torch.device
+    ) -> None:
+        self.ids, self.weight, self.share, self.form = ids, weight, share, form
+        size = 0 if weight is None else size
+        self.state = torch.empty(_PLANES[form], size, device=device)  # the partial results of all tiles so far
+        self.positive = torch.zeros(size if form == "index" else 0, device=device)  # z of the positives
+        self.mean: Tensor | None = None  # of each row's z, where labels are smoothed
+        self.lse = torch.empty(size, dtype=torch.float64, device=device)
+        self.positive_lse = torch.empty(size if form == "in" else 0, dtype=torch.float64, device=device)
+
+    def finish(self, logit_scale: Tensor, label_smoothing: float) -> Tensor:
+        """Fills in the log-sum-exps; parts of sum_i weight_i (lse_i - pull_i), float64, to be added up."""
+        count = len(self.lse)
+        parts = torch.empty(cdiv(count, 128), dtype=torch.float64, device=self.lse.device)
+        if self.weight is None:
+            return parts
+        share, mean = (self.weight if v is None else v for v in (self.share, self.mean))  # never read if absent
+        vectors = (self.state, self.positive, self.weight, share, mean, self.lse, self.positive_lse, parts)
+        constants = {"FORM": _FORMS[self.form], "SMOOTH": self.mean is not None, "BLOCK": 128}
+        _tiles.launch(_finish, (len(parts),), *vectors, label_smoothing, count, **constants)
+        return parts
+
+
+def _mean_logits(p: Pair, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean z of each row [M] and of each column [N]: one dot product each, with the mean of the other side."""
+    x, y = p.x.float() * p.x_inverse[:, None], p.y.float() * p.y_inverse[:, None]
+    scale2 = logit_scale * LOG2E.value
+    return scale2 * (x @ y.mean(0)), scale2 * (y @ x.mean(0))
+
+
+def _sum_tiles(p: Pair, logit_scale: Tensor, rows: _Side, cols: _Side, kept: Kept, form: str) -> None:
+    """The states of both sides: what all tiles of S together say of every row and every column."""
+    M, N, _, _ = p.sizes
+    most = min(_tiles.EDGE, M), min(_tiles.EDGE, N)
     tiles = cdiv(most[0], p.config.block_m), cdiv(most[1], p.config.block_n)
-    row_parts = torch.empty(planes, tiles[1], most[0] if rows else 0, device=device)
-    col_parts = torch.empty(planes, tiles[0], most[1] if cols else 0, device=device)
-    constants = {"ROWS": rows, "COLS": cols, "FORM": _FORMS[form], **p.constants}
-    for block in _tiles.blocks(*p.sizes[:2], edge, edge):
+    device = p.x.device
+    row_parts = torch.empty(_PLANES[form], tiles[1], most[0] if rows.weight is not None else 0, device=device)
+    col_parts = torch.empty(_PLANES[form], tiles[0], most[1] if cols.weight is not None else 0, device=device)
+    constants = {
+        "ROWS": rows.weight is not None,
+        "COLS": cols.weight is not None,
+        "FORM": _FORMS[form],
+        "KEPT": len(kept.data) > 0,
+        **p.constants,
+    }
+    ids = (rows.ids, rows.positive, cols.ids, cols.positive)
+    for block in _tiles.blocks(M, N, _tiles.EDGE, _tiles.EDGE):
         row, column, height, width = block
         here = cdiv(height, p.config.block_m), cdiv(width, p.config.block_n)
-        arguments = (*p.operands, logit_scale, row_ids, col_ids, row_parts, col_parts, *p.sizes, *block, *most, *tiles)
-        _tiles.launch(_tile_sums, (here[0] * here[1],), *arguments, config=p.config, **constants)
-        if rows:
-            _merge_into(states[0], row_parts, row, height, here[1], fresh=column == 0)
-        if cols:
-            _merge_into(states[1], col_parts, column, width, here[0], fresh=row == 0)
-    return states[0], states[1]
+        arguments = (*p.operands, logit_scale, *ids, row_parts, col_parts, *kept.arguments, *p.sizes, *block)
+        _tiles.launch(_tile_sums, (here[0] * here[1],), *arguments, *most, *tiles, config=p.config, **constants)
+        if rows.weight is not None:
+            _merge_into(rows.state, row_parts, row, height, here[1], fresh=column == 0)
+        if cols.weight is not None:
+            _merge_into(cols.state, col_parts, column, width, here[0], fresh=row == 0)
 
 
 def _merge_into(state: Tensor, parts: Tensor, start: int, count: int, tiles: int, fresh: bool) -> None:
@@ -159,38 +222,26 @@ def _merge_into(state: Tensor, parts: Tensor, start: int, count: int, tiles: int
     _tiles.launch(_merge, (cdiv(count, 64),), *arguments, **constants)
 
 
-def _side_loss(
-    p: Pair,
-    logit_scale: Tensor,
-    state: Tensor,  # [planes, M]
-    ids: Tensor,  # [M]
-    weight: Tensor,
+def _terms(
+    lse: Tensor,  # [M] float64
+    positive_lse: Tensor,
+    weight: Tensor | None,
     share: Tensor | None,
     form: str,
     label_smoothing: float,
-    swap: bool,  # the columns' loss, as the rows' of the transposed
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum_i weight_i (lse_i - pull_i), lse [M], the positives' lse [M] or [0])."""
-    lse = (state[0] + state[1].log2()) * LN2
-    if form == "in":
-        # A row without a positive has weight 0: any finite number will do for its empty sum.
-        pull = torch.where(state[3] == 0, 0, (state[2] + state[3].log2()) * LN2)
-        return (weight * (lse - pull)).sum(), lse, pull
-    if form == "out":
-        assert share is not None
-        pull = share * state[2] * LN2
-    else:
-        pull = logit_scale * _tiles.paired_cosines(p, ids, swap)
-    if label_smoothing > 0:
-        # The mean of a row's logits is one dot product, with the mean of the other side's rows.
-        sides = [(p.x, p.x_inverse), (p.y, p.y_inverse)]
-        (own, inverse), (other, other_inverse) = reversed(sides) if swap else sides
-        mean = (other.float() * other_inverse[:, None]).mean(0)
-        pull = (1 - label_smoothing) * pull + label_smoothing * logit_scale * inverse * (own.float() @ mean)
-    return (weight * (lse - pull)).sum(), lse, lse.new_empty(0)
+    others: int,
+) -> Tensor:
+    """[5, M] float32: what `_gradient_tiles` needs of each row, as `_side_terms` lays it out."""
+    if weight is None:
+        return lse
+    terms = torch.empty(5, len(lse), device=lse.device)
+    share = weight if share is None else share  # never read if absent
+    arguments = (lse, positive_lse, weight, share, terms, label_smoothing, others, len(lse))
+    _tiles.launch(_side_terms, (cdiv(len(lse), 128),), *arguments, FORM=_FORMS[form], BLOCK=128)
+    return terms
 
 
-@triton.jit(do_not_specialize=["M", "N", "row0", "col0", "rows", "cols", "row_most", "col_most", "tiles_m", "tiles_n"])
+@triton.jit(do_not_specialize=["kept_rows", "M", "N", "rows", "cols", "row_most", "col_most", "tiles_m", "tiles_n"])
 def _tile_sums(
     x,
     y,
@@ -198,9 +249,16 @@ def _tile_sums(
     y_inverse,
     scale,
     row_ids,
+    row_positive,  # INDEX: [M] float32, z of the positives
     col_ids,
+    col_positive,
     row_parts,  # [planes, tiles_n, row_most]
     col_parts,  # [planes, tiles_m, col_most]
+    powers,  # KEPT: [kept_rows, powers_stride]
+    powers_stride,
+    others,  # [kept_rows, others_stride] float32
+    others_stride,
+    kept_rows,
     M,
     N,
     D,
@@ -216,6 +274,7 @@ def _tile_sums(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     FORM: tl.constexpr,
+    KEPT: tl.constexpr,
     TMA: tl.constexpr,
     PARTS: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -232,6 +291,18 @@ def _tile_sums(
     by_row = tl.load(x_inverse + m, mask=m < M, other=0.0) * (tl.load(scale) * LOG2E)
     by_col = tl.load(y_inverse + n, mask=n < N, other=0.0)
     z = tl.where(inside, s * by_row[:, None] * by_col[None, :], float("-inf"))
+
+    if FORM == INDEX:  # z of the positives, to the bit that the sums have; few tiles hold any
+        if ROWS:
+            mine = tl.load(row_ids + m, mask=m < M, other=-1).to(tl.int32) - n0
+            if any_of((mine >= 0) & (mine < BLOCK_N)):
+                positive = tl.sum(tl.where(mine[:, None] == (n - n0)[None, :], z, 0.0), 1)
+                tl.store(row_positive + m, positive, mask=(m < M) & (mine >= 0) & (mine < BLOCK_N))
+        if COLS:
+            yours = tl.load(col_ids + n, mask=n < N, other=-1).to(tl.int32) - m0
+            if any_of((yours >= 0) & (yours < BLOCK_M)):
+                positive = tl.sum(tl.where(yours[None, :] == (m - m0)[:, None], z, 0.0), 0)
+                tl.store(col_positive + n, positive, mask=(n < N) & (yours >= 0) & (yours < BLOCK_M))
 
     # One reference for the tile and one power an element, which serves the row's sum and the column's.
     top = tl.max(z)
@@ -272,6 +343,13 @@ def _tile_sums(
             row_pos = tl.sum(tl.exp2(positive - row_pos_ref[:, None]), 1)
             col_pos = tl.sum(tl.exp2(positive - col_pos_ref[None, :]), 0)
 
+    if KEPT:
+        here = m < kept_rows
+        to_row = m.to(tl.int64)
+        at = powers + to_row[:, None] * powers_stride + n[None, :]
+        tl.store(at, e.to(powers.dtype.element_ty), mask=here[:, None] & inside)
+        said = tl.zeros([BLOCK_M], tl.float32) + tl.where(served, reference, float("nan"))
+        tl.store(others + to_row * others_stride + n0 // BLOCK_N, said, mask=here)
     if ROWS:
         at = row_parts + j.to(tl.int64) * row_most + (m - row0)
         _store_part(at, tiles_n.to(tl.int64) * row_most, row_ref, row_total, row_pos_ref, row_pos, m < M, FORM)
@@ -366,7 +444,103 @@ def _merge_sums(
     tl.store(at + size, total, mask=r < count)
 
 
-@triton.jit(do_not_specialize=["G_stride", "G_plane", "smoothing", "M", "N", "row0", "col0", "rows", "cols"])
+@triton.jit(do_not_specialize=["smoothing", "count"])
+def _finish(
+    state,  # [planes, count]
+    positive,  # INDEX: [count] float32
+    weight,
+    share,
+    mean,
+    lse,  # [count] float64, to be filled, as
+    positive_lse,
+    parts,  # [programs] float64
+    smoothing,
+    count,
+    FORM: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = r < count
+    plane = tl.cast(count, tl.int64)
+    own = _log2_sum(state + r, plane, here)
+    if FORM == INDEX:
+        # log2 of 2^z as the sums hold it, rounding and all: where a positive is nearly its whole row's sum, own - pull
+        # is 0, and so are loss and gradient. A row without a positive has weight 0.
+        z = tl.load(positive + r, mask=here, other=0.0)
+        whole = tl.floor(z)
+        pull = whole.to(tl.float64) + tl.log2(tl.exp2(z - whole).to(tl.float64))
+    elif FORM == OUT:
+        total = tl.load(state + 2 * plane + r, mask=here, other=0.0).to(tl.float64)
+        pull = tl.load(share + r, mask=here, other=0.0) * total
+    else:
+        pull = _log2_sum(state + 2 * plane + r, plane, here)
+        tl.store(positive_lse + r, pull * 0.6931471805599453, mask=here)
+    if SMOOTH:
+        pull = (1 - smoothing) * pull + smoothing * tl.load(mean + r, mask=here, other=0.0)
+    tl.store(lse + r, own * 0.6931471805599453, mask=here)
+    part = tl.load(weight + r, mask=here, other=0.0) * ((own - pull) * 0.6931471805599453)
+    tl.store(parts + tl.program_id(0), tl.sum(tl.where(here, part, 0.0), 0))
+
+
+@triton.jit
+def _log2_sum(at, plane, here):
+    """log2 of (reference, total), float64; 0 for an empty sum: its weight is 0, and any finite number will do."""
+    total = tl.load(at + plane, mask=here, other=1.0).to(tl.float64)
+    return tl.where(total == 0, 0.0, tl.load(at, mask=here, other=0.0).to(tl.float64) + tl.log2(total))
+
+
+@triton.jit(do_not_specialize=["smoothing", "others", "count"])
+def _side_terms(
+    lse,  # [count] float64
+    positive_lse,
+    weight,
+    share,
+    terms,  # [5, count] float32
+    smoothing,
+    others,
+    count,
+    FORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = r < count
+    plane = tl.cast(count, tl.int64)
+    w = tl.load(weight + r, mask=here, other=0.0).to(tl.float64)
+    # w p = 2^(z - reference) factor, with a whole reference: a log-sum-exp in float32 would be off by 4e-6 near 100
+    own = tl.load(lse + r, mask=here, other=0.0) * 1.4426950408889634
+    reference = tl.floor(own)
+    factor = w * tl.exp2(reference - own)
+    tl.store(terms + r, reference.to(tl.float32), mask=here)
+    tl.store(terms + plane + r, factor.to(tl.float32), mask=here)
+    if FORM == IN:
+        # At a positive w (p - r) = w p (1 - 2^gap), where r is its softmax among the positives alone; where they are
+        # too small a part of the row for that, r has a power of its own.
+        positive = tl.load(positive_lse + r, mask=here, other=0.0) * 1.4426950408889634
+        gap = own - positive
+        near = gap < 60
+        its = tl.floor(positive)
+        tl.store(terms + 2 * plane + r, (factor * tl.where(near, _one_less_power(gap), 1.0)).to(tl.float32), mask=here)
+        tl.store(terms + 3 * plane + r, its.to(tl.float32), mask=here)
+        apart = tl.where(near, 0.0, w * tl.exp2(its - positive))
+        tl.store(terms + 4 * plane + r, apart.to(tl.float32), mask=here)
+    else:
+        target = (1 - smoothing) * w
+        if FORM == OUT:
+            target *= tl.load(share + r, mask=here, other=0.0)
+        tl.store(terms + 2 * plane + r, target.to(tl.float32), mask=here)
+        tl.store(terms + 3 * plane + r, (smoothing * w / others).to(tl.float32), mask=here)
+
+
+@triton.jit
+def _one_less_power(gap):
+    """1 - 2^gap for a gap >= 0, float64, also where it is near 0."""
+    x = gap * 0.6931471805599453
+    series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4)))  # to x^5 / 120 at x < 2^-10
+    return -tl.where(x < 0.0009765625, series, tl.exp2(gap) - 1)
+
+
+@triton.jit(do_not_specialize=["kept_rows", "M", "N", "rows", "cols"])
 def _gradient_tiles(
     x,
     y,
@@ -374,19 +548,17 @@ def _gradient_tiles(
     y_inverse,
     scale,
     row_ids,
-    row_weight,
-    row_share,
-    row_lse,
-    row_pos_lse,
+    row_terms,  # [5, M], as `_side_terms` has them
     col_ids,
-    col_weight,
-    col_share,
-    col_lse,
-    col_pos_lse,
+    col_terms,  # [5, N]
+    powers,  # KEPT: as in `_tile_sums`, and with them z of the positives
+    powers_stride,
+    others,
+    others_stride,
+    kept_rows,
     G,  # [1 or 2, height, G_stride]
     G_stride,
     G_plane,
-    smoothing,
     M,
     N,
     D,
@@ -399,6 +571,7 @@ def _gradient_tiles(
     COLS: tl.constexpr,
     FORM: tl.constexpr,
     SMOOTH: tl.constexpr,
+    KEPT: tl.constexpr,
     FOLD: tl.constexpr,
     SPLIT: tl.constexpr,
     TMA: tl.constexpr,
@@ -412,73 +585,104 @@ def _gradient_tiles(
     i, j = tile_at(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(cols, BLOCK_N))
     m0, n0 = row0 + i * BLOCK_M, col0 + j * BLOCK_N
     m, n = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
-    s = products(x, y, m0, n0, M, N, D, stride, TMA, PARTS, UPCAST, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+    row_at, col_at = row_terms + m, col_terms + n
+    row_plane, col_plane = tl.cast(M, tl.int64), tl.cast(N, tl.int64)
+
+    # w p = 2^(z - ref) factor; with the least of all references, one power serves the row and the column.
+    least, most = float("inf"), float("-inf")
+    if ROWS:
+        row_ref = tl.load(row_at, mask=m < M, other=0.0)
+        least = tl.min(tl.where(m < M, row_ref, float("inf")), 0)
+        most = tl.max(tl.where(m < M, row_ref, float("-inf")), 0)
+    if COLS:
+        col_ref = tl.load(col_at, mask=n < N, other=0.0)
+        least = tl.minimum(least, tl.min(tl.where(n < N, col_ref, float("inf")), 0))
+        most = tl.maximum(most, tl.max(tl.where(n < N, col_ref, float("-inf")), 0))
+    one_power = most - least < 100
+
+    depth = D
+    if KEPT:
+        to_row = m.to(tl.int64)
+        kept_ref = tl.load(others + to_row * others_stride + n0 // BLOCK_N, mask=m < kept_rows, other=float("nan"))
+        kept = one_power & all_of((kept_ref == kept_ref) | (m >= M))
+        depth = tl.where(kept, 0, D)  # nothing to multiply
+    s = products(x, y, m0, n0, M, N, depth, stride, TMA, PARTS, UPCAST, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
     x_inv = tl.load(x_inverse + m, mask=m < M, other=0.0)
     y_inv = tl.load(y_inverse + n, mask=n < N, other=0.0)
     z = s * (x_inv * (tl.load(scale) * LOG2E))[:, None] * y_inv[None, :]
 
-    # The least and the largest log-sum-exp of the tile.
-    least, most = float("inf"), float("-inf")
-    if ROWS:
-        w = tl.load(row_weight + m, mask=m < M, other=0.0)
-        row_l = tl.load(row_lse + m, mask=m < M, other=0.0) * LOG2E
-        least = tl.min(tl.where(m < M, row_l, float("inf")), 0)
-        most = tl.max(tl.where(m < M, row_l, float("-inf")), 0)
-    if COLS:
-        v = tl.load(col_weight + n, mask=n < N, other=0.0)
-        col_l = tl.load(col_lse + n, mask=n < N, other=0.0) * LOG2E
-        least = tl.minimum(least, tl.min(tl.where(n < N, col_l, float("inf")), 0))
-        most = tl.maximum(most, tl.max(tl.where(n < N, col_l, float("-inf")), 0))
-
-    g = z
-    if most - least < 100:
-        # w_i p_ij + v_j p'_ij = 2^(z - least) (w_i 2^(least - lse_i) + v_j 2^(least - lse'_j)): one power an element
-        if ROWS and COLS:
-            g = tl.exp2(z - least) * ((w * tl.exp2(least - row_l))[:, None] + (v * tl.exp2(least - col_l))[None, :])
-        elif ROWS:
-            g = tl.exp2(z - least) * (w * tl.exp2(least - row_l))[:, None]
-        else:
-            g = tl.exp2(z - least) * (v * tl.exp2(least - col_l))[None, :]
-    else:
-        g = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        if ROWS:
-            g += tl.exp2(z - row_l[:, None]) * w[:, None]
-        if COLS:
-            g += tl.exp2(z - col_l[None, :]) * v[None, :]
-
-    # p - 1 where p is near 1: subtracted in float32, before anything is rounded further.
     if FORM == INDEX:
-        if ROWS:
-            mine = tl.load(row_ids + m, mask=m < M, other=-1).to(tl.int32)  # below N; few tiles hold any
-            if tl.max(tl.where((mine >= n0) & (mine < n0 + BLOCK_N), 1, 0), 0) == 1:
-                g -= tl.where(mine[:, None] == n[None, :], ((1 - smoothing) * w)[:, None], 0.0)
-        if COLS:
-            yours = tl.load(col_ids + n, mask=n < N, other=-1).to(tl.int32)
-            if tl.max(tl.where((yours >= m0) & (yours < m0 + BLOCK_M), 1, 0), 0) == 1:
-                g -= tl.where(yours[None, :] == m[:, None], ((1 - smoothing) * v)[None, :], 0.0)
+        mine = tl.load(row_ids + m, mask=m < M, other=-1).to(tl.int32)  # below N
+        yours = tl.load(col_ids + n, mask=n < N, other=-1).to(tl.int32)
+        match = mine[:, None] == n[None, :]
     else:
         mine = tl.load(row_ids + m, mask=m < M, other=-1)
         yours = tl.load(col_ids + n, mask=n < N, other=-1)
         match = mine[:, None] == yours[None, :]
+
+    g = z
+    if one_power:
+        power = tl.exp2(z - least)
+        if KEPT and kept:
+            at = powers + to_row[:, None] * powers_stride + n[None, :]
+            again = tl.load(at, mask=(m < M)[:, None] & (n < N)[None, :], other=0.0).to(tl.float32)
+            power = again * tl.exp2(kept_ref - least)[:, None]
+            positive = tl.load(others + to_row * others_stride + tl.cdiv(N, BLOCK_N), mask=m < M, other=0.0)
+            power = tl.where(match, tl.exp2(positive - least)[:, None], power)
+        if ROWS and COLS:
+            g = power * (
+                _factor(row_at, row_plane, m < M, least - row_ref, match, 1, FORM)
+                + _factor(col_at, col_plane, n < N, least - col_ref, match, 0, FORM)
+            )
+        elif ROWS:
+            g = power * _factor(row_at, row_plane, m < M, least - row_ref, match, 1, FORM)
+        else:
+            g = power * _factor(col_at, col_plane, n < N, least - col_ref, match, 0, FORM)
+    else:
+        g = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if ROWS:
-            if FORM == OUT:
-                share = tl.load(row_share + m, mask=m < M, other=0.0)
-                g -= tl.where(match, ((1 - smoothing) * w * share)[:, None], 0.0)
-            else:
-                positive = tl.load(row_pos_lse + m, mask=m < M, other=0.0) * LOG2E
-                g -= tl.where(match, tl.exp2(z - positive[:, None]) * w[:, None], 0.0)
+            g += tl.exp2(z - row_ref[:, None]) * _factor(row_at, row_plane, m < M, 0 * row_ref, match, 1, FORM)
         if COLS:
-            if FORM == OUT:
-                share = tl.load(col_share + n, mask=n < N, other=0.0)
-                g -= tl.where(match, ((1 - smoothing) * v * share)[None, :], 0.0)
-            else:
-                positive = tl.load(col_pos_lse + n, mask=n < N, other=0.0) * LOG2E
-                g -= tl.where(match, tl.exp2(z - positive[None, :]) * v[None, :], 0.0)
+            g += tl.exp2(z - col_ref[None, :]) * _factor(col_at, col_plane, n < N, 0 * col_ref, match, 0, FORM)
+
+    # What a positive is pulled to: subtracted in float32, before anything is rounded further.
+    if FORM == INDEX:  # few tiles hold any
+        if ROWS and any_of((mine >= n0) & (mine < n0 + BLOCK_N)):
+            g -= tl.where(match, tl.load(row_at + 2 * row_plane, mask=m < M, other=0.0)[:, None], 0.0)
+        if COLS and any_of((yours >= m0) & (yours < m0 + BLOCK_M)):
+            pull = tl.load(col_at + 2 * col_plane, mask=n < N, other=0.0)
+            g -= tl.where(yours[None, :] == m[:, None], pull[None, :], 0.0)
+    elif FORM == OUT:
+        if ROWS:
+            g -= tl.where(match, tl.load(row_at + 2 * row_plane, mask=m < M, other=0.0)[:, None], 0.0)
+        if COLS:
+            g -= tl.where(match, tl.load(col_at + 2 * col_plane, mask=n < N, other=0.0)[None, :], 0.0)
+    else:  # where it is not part of the factor already
+        if ROWS:
+            apart = tl.load(row_at + 4 * row_plane, mask=m < M, other=0.0)
+            if any_of(apart > 0):
+                its = tl.load(row_at + 3 * row_plane, mask=m < M, other=0.0)
+                g -= tl.where(match, tl.exp2(z - its[:, None]) * apart[:, None], 0.0)
+        if COLS:
+            apart = tl.load(col_at + 4 * col_plane, mask=n < N, other=0.0)
+            if any_of(apart > 0):
+                its = tl.load(col_at + 3 * col_plane, mask=n < N, other=0.0)
+                g -= tl.where(match, tl.exp2(z - its[None, :]) * apart[None, :], 0.0)
     if SMOOTH:
         if ROWS:
-            g -= (w * (smoothing / N))[:, None]
+            g -= tl.load(row_at + 3 * row_plane, mask=m < M, other=0.0)[:, None]
         if COLS:
-            g -= (v * (smoothing / M))[None, :]
+            g -= tl.load(col_at + 3 * col_plane, mask=n < N, other=0.0)[None, :]
     if FOLD:
         g *= x_inv[:, None] * y_inv[None, :]
     store_gradient(g, G, m - row0, n - col0, rows, cols, G_stride, G_plane, SPLIT)
+
+
+@triton.jit
+def _factor(at, plane, here, shift, match, axis: tl.constexpr, FORM: tl.constexpr):
+    """2^shift times what 2^(z - ref) is multiplied with for w p, as a matrix; of IN's positives w p less its pull."""
+    factor = tl.expand_dims(tl.load(at + plane, mask=here, other=0.0) * tl.exp2(shift), axis)
+    if FORM == IN:
+        matched = tl.expand_dims(tl.load(at + 2 * plane, mask=here, other=0.0) * tl.exp2(shift), axis)
+        factor = tl.where(match, matched, factor)
+    return factor

@@ -33,8 +33,10 @@ def forward(
     form: str,  # "index" | "out" | "in"
     label_smoothing: float,
     normalize: bool,
+    precision: str,
+    keep: int,  # bytes that may be kept for the backward
 ) -> tuple[Tensor, ...]:
-    """(loss [], row_lse [M], col_lse [N], row_pos_lse [M], col_pos_lse [N]); what a call has no use for is [0].
+    """(loss [], row_lse [M], col_lse [N], row_pos_lse [M], col_pos_lse [N], kept); what a call has no use for is [0].
 
     The log-sum-exps are float64: near 100 float32 has steps of 8e-6, and every softmax would be off by as much.
     """
@@ -50,7 +52,7 @@ def forward(
         targets = (col_ids, row_ids, col_share, form, label_smoothing)
         over_columns, col_lse, col_pos_lse = _rows_forward(b, a, scale, col_weight, *targets)
         loss = loss + over_columns
-    return loss.to(dtype), row_lse, col_lse, row_pos_lse, col_pos_lse
+    return loss.to(dtype), row_lse, col_lse, row_pos_lse, col_pos_lse, x.new_empty(0, dtype=torch.uint8)
 
 
 def backward(
@@ -71,8 +73,11 @@ def backward(
     col_lse: Tensor,
     row_pos_lse: Tensor,
     col_pos_lse: Tensor,
+    kept: Tensor,
     need_x: bool,
     need_y: bool,
+    precision: str,
+    workspace: int,
 ) -> tuple[Tensor, ...]:
     """(dx [M, D] in x's dtype, dy [N, D] in y's, dscale []); an embedding gradient that is not needed is [0]."""
     dtype = accumulator(x, y)
