@@ -155,9 +155,11 @@ def main(config: Tune) -> list[Outcome]:
     _need_gpu()
     if config.json is not None:
         config.json.parent.mkdir(parents=True, exist_ok=True)
-    dims = [_width(text) for text in config.dim.split(",")]
+    for name in ("batch", "rounds"):
+        if getattr(config, name) < 1:
+            raise BenchError(f"{name} must be at least 1; got {getattr(config, name)}")
     outcomes = tune(
-        dims,
+        [_width(text) for text in config.dim.split(",")],
         _split(config.dtype, DTYPES, "dtype"),
         _split(config.ops, CALLS, "ops"),
         batch=config.batch,
@@ -389,11 +391,11 @@ def apart(trial: Trial, shipped: Trial) -> str:
 
 def _need_gpu() -> None:
     """Raises BackendError where there is no GPU that the kernels run on."""
-    why = _tiles.MISSING or f"torch {torch.__version__} sees none (torch.cuda.is_available() is False)"
+    why: str | None = f"torch {torch.__version__} sees none (torch.cuda.is_available() is False)"
     if torch.cuda.is_available():
         example = torch.empty(1, 1, device="cuda")
-        why = _tiles.unsupported(example, example) or ""
-    if why:
+        why = _tiles.unsupported(example, example)
+    if why is not None:
         raise BackendError(f"needs a GPU: {why}")
 
 

@@ -88,9 +88,80 @@ CONFIGS: dict[str, dict[int, tuple[tuple[int, Config, Config], ...]]] = {
 }
 
 # Which target -> tile -> the kinds of kernel that `vlmfast tune` measures it for: those that spill nothing with it.
-CANDIDATES: dict[str, dict[Config, str]] = {}
+CANDIDATES: dict[str, dict[Config, str]] = {
+    "sm_80": {
+        Config(128, 128, 32, 8, 3): "softmax sigmoid hinge hardest topk",
+        Config(128, 128, 64, 8, 3): "softmax sigmoid hinge hardest topk",
+        Config(128, 64, 32, 8, 4): "softmax sigmoid hinge hardest topk",
+        Config(128, 64, 32, 8, 3): "softmax sigmoid hinge hardest topk",
+        Config(128, 64, 64, 8, 3): "softmax sigmoid hinge hardest topk",
+        Config(128, 64, 32, 4, 3): "softmax sigmoid hinge hardest topk",
+        Config(128, 64, 32, 4, 4): "softmax sigmoid hinge hardest topk",
+        Config(128, 64, 64, 4, 3): "softmax sigmoid hinge hardest topk",
+        Config(64, 128, 32, 4, 4): "softmax sigmoid hinge hardest topk",
+        Config(64, 128, 64, 4, 3): "softmax sigmoid hinge hardest topk",
+        Config(64, 128, 64, 8, 3): "softmax sigmoid hinge hardest topk",
+        Config(64, 64, 32, 4, 4): "softmax sigmoid hinge hardest topk",
+        Config(64, 64, 64, 4, 3): "softmax sigmoid hinge hardest topk",
+        Config(256, 64, 32, 8, 3): "softmax sigmoid hinge hardest topk",
+        Config(64, 256, 32, 8, 3): "softmax sigmoid hinge hardest topk",
+        Config(64, 128, 32, 8, 4): "softmax sigmoid hinge hardest topk",
+    },
+    "sm_90": {
+        Config(128, 128, 64, 8, 3): "softmax sigmoid hinge hardest topk",
+        Config(128, 128, 64, 8, 4): "softmax sigmoid hinge hardest topk",
+        Config(128, 128, 128, 8, 2): "softmax sigmoid hinge hardest topk",
+        Config(128, 256, 64, 8, 3): "softmax sigmoid hinge hardest topk",
+        Config(256, 128, 64, 8, 3): "softmax sigmoid hinge hardest topk",
+        Config(64, 256, 64, 8, 3): "softmax sigmoid hinge hardest topk",
+        Config(256, 64, 64, 8, 3): "softmax sigmoid hinge hardest topk",
+        Config(128, 64, 64, 8, 3): "softmax sigmoid hinge hardest topk",
+        Config(128, 64, 64, 8, 4): "softmax sigmoid hinge hardest topk",
+        Config(128, 64, 128, 8, 2): "softmax sigmoid hinge hardest topk",
+        Config(128, 64, 64, 4, 3): "softmax sigmoid hinge hardest topk",
+        Config(128, 64, 64, 4, 4): "softmax sigmoid hinge hardest topk",
+        Config(64, 128, 64, 8, 3): "softmax sigmoid hinge hardest topk",
+        Config(64, 128, 64, 8, 4): "softmax sigmoid hinge hardest topk",
+        Config(64, 128, 64, 4, 3): "softmax sigmoid hinge hardest topk",
+        Config(64, 128, 64, 4, 4): "softmax sigmoid hinge hardest topk",
+        Config(64, 64, 64, 4, 4): "softmax sigmoid hinge hardest topk",
+        Config(128, 128, 64, 16, 3): "softmax sigmoid hinge hardest topk",
+        Config(128, 32, 64, 4, 4): "softmax sigmoid hinge hardest topk",
+    },
+    "sm_100": {
+        Config(128, 128, 64, 8, 3): "softmax sigmoid hinge hardest topk",
+        Config(128, 128, 64, 8, 4): "softmax sigmoid hinge hardest topk",
+        Config(128, 256, 64, 8, 3): "softmax sigmoid hinge hardest topk",
+        Config(256, 64, 64, 8, 3): "softmax sigmoid hinge hardest topk",
+        Config(128, 64, 64, 8, 3): "softmax sigmoid hinge hardest topk",
+        Config(128, 64, 64, 8, 4): "softmax sigmoid hinge hardest topk",
+        Config(128, 64, 128, 8, 2): "softmax sigmoid hinge hardest topk",
+        Config(64, 128, 64, 8, 3): "softmax sigmoid hinge hardest topk",
+        Config(64, 128, 64, 8, 4): "softmax sigmoid hinge hardest topk",
+        Config(128, 32, 64, 8, 4): "softmax sigmoid hinge hardest topk",
+        Config(128, 32, 64, 4, 4): "softmax sigmoid hinge hardest topk",
+        Config(64, 64, 64, 4, 4): "softmax sigmoid hinge hardest topk",
+        Config(64, 64, 64, 8, 4): "softmax sigmoid hinge hardest topk",
+        Config(64, 128, 64, 4, 4): "softmax sigmoid hinge hardest topk",
+    },
+    "gfx942": {
+        Config(128, 128, 32, 8, 2): "softmax sigmoid hinge hardest topk",
+        Config(128, 128, 64, 8, 2): "softmax sigmoid hinge hardest topk",
+        Config(128, 128, 64, 8, 1): "softmax sigmoid hinge hardest topk",
+        Config(128, 128, 32, 4, 2): "softmax sigmoid hinge hardest topk",
+        Config(256, 64, 32, 8, 2): "softmax sigmoid hinge hardest topk",
+        Config(128, 64, 32, 8, 2): "softmax sigmoid hinge hardest topk",
+        Config(128, 64, 64, 8, 2): "softmax sigmoid hinge hardest topk",
+        Config(128, 64, 32, 4, 2): "softmax sigmoid hinge hardest topk",
+        Config(64, 128, 32, 8, 2): "softmax sigmoid hinge hardest topk",
+        Config(64, 128, 64, 8, 2): "softmax sigmoid hinge hardest topk",
+        Config(64, 128, 32, 4, 2): "softmax sigmoid hinge hardest topk",
+        Config(64, 64, 32, 4, 2): "softmax sigmoid hinge hardest topk",
+        Config(64, 64, 64, 4, 2): "softmax sigmoid hinge hardest topk",
+    },
+}
 
-_tried: Config | None = None  # what `trying` has put in the place of every choice
+_trial: tuple[Config | None, list[Case]] | None = None  # of `trying`
 
 
 def target(device: torch.device) -> str:
@@ -109,12 +180,16 @@ def case(kind: str, dtype: torch.dtype, precision: str, descriptors: bool, D: in
         operands = precision
     elif precision == "ieee":
         operands = f"ieee of {operands}"
-    return Case(kind, operands, "descriptors" if descriptors else "pointers", next(d for d in DEPTHS if D <= d))
+    return Case(kind, operands, "descriptors" if descriptors else "pointers", next(d for d in DEPTHS if d >= D))
 
 
 def choose(device: torch.device, where: str, wanted: Case) -> Config:
-    """The tile for a case: one being tried, else a tuned one, else the shipped one."""
-    return _tried or tuned(device).get(wanted) or shipped(where, wanted)
+    """The tile for a case on a device: a tuned one, else the shipped one of its target."""
+    if _trial is not None:
+        config, asked = _trial
+        asked.append(wanted)
+        return config or shipped(where, wanted)
+    return tuned(device).get(wanted) or shipped(where, wanted)
 
 
 def shipped(where: str, wanted: Case) -> Config:
@@ -128,14 +203,14 @@ def shipped(where: str, wanted: Case) -> Config:
 
 
 @contextmanager
-def trying(config: Config) -> Iterator[None]:
-    """Within it every kernel over tiles runs with `config`."""
-    global _tried
-    before, _tried = _tried, config
+def trying(config: Config | None) -> Iterator[list[Case]]:
+    """Every kernel over tiles runs with `config` (None: the shipped tile); yields the list of cases that were asked."""
+    global _trial
+    before, _trial = _trial, (config, [])
     try:
-        yield
+        yield _trial[1]
     finally:
-        _tried = before
+        _trial = before
 
 
 # Tuned tiles, in a file
