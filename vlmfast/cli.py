@@ -16,7 +16,7 @@ from types import ModuleType
 from vlmfast._version import __version__
 from vlmfast.errors import VlmfastError, missing_extra
 
-COMMANDS = ("demo", "train", "eval", "bench loss", "doctor", "data preview", "data export")
+COMMANDS = ("demo", "train", "eval", "bench loss", "tune", "doctor", "data preview", "data export")
 
 
 FAILURES = (VlmfastError, OSError, ValueError)  # what the library and the system raise on purpose; the rest are bugs
