@@ -8,6 +8,7 @@ import torch
 
 from vlmfast.errors import DataError, ShapeError
 from vlmfast.models import Clip, ClipConfig, VisionConfig, build_clip, config_names, load_config
+from vlmfast.models.config import CONFIGS
 
 
 @pytest.mark.parametrize(
@@ -52,9 +53,28 @@ def test_a_config_with_everything_round_trips():
         init_logit_bias=-10.0,
         image_mean=(0.1, 0.2, 0.3),
         image_std=(0.4, 0.5, 0.6),
+        interpolation="bilinear",
+        resize_mode="squash",
     )
     assert ClipConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert config.vision_cfg.tokens == 9
+
+
+def test_what_changes_nothing_may_be_said():
+    said = a_config({"patch_dropout": 0.0, "attentional_pool": False}, {"pad_id": 0}, custom_text=True)
+    preprocess = {"size": 16, "mode": "RGB", "fill_color": 0, "interpolation": "bicubic"}
+    whole = {"model_cfg": said, "preprocess_cfg": preprocess}
+    assert ClipConfig.from_dict(whole) == ClipConfig.from_dict(a_config())
+
+
+@pytest.mark.parametrize("name", ["RN50x4", "ViT-SO400M-14-SigLIP-384", "ViT-H-14-CLIPA-336", "ViT-H-14-378"])
+def test_a_released_config_is_said_again_as_open_clip_says_it(name):
+    written = json.loads((CONFIGS / f"{name}.json").read_text())
+    again = load_config(name).to_dict()
+    for section, content in (written if "model_cfg" in written else {"model_cfg": written}).items():
+        for key, value in content.items():
+            found = again[section][key]
+            assert found.items() >= value.items() if isinstance(value, dict) else found == value, key
 
 
 def test_flat_and_wrapped_forms_are_one():
@@ -84,20 +104,27 @@ def a_config(vision=(), text=(), **model):
     ("config", "message"),
     [
         (a_config({"timm_model_name": "vit_so400m"}), r"not built here: timm image tower 'vit_so400m'.*ViT-B-32"),
-        (a_config({"layers": [3, 4, 6, 3]}), r"ModifiedResNet image tower, layers \[3, 4, 6, 3\]"),
         (a_config((), {"hf_model_name": "roberta-base"}), r"Hugging Face text tower 'roberta-base'"),
         (a_config(multimodal_cfg={}), r"CoCa's multimodal decoder"),
         (
             a_config({"timm_model_name": "x"}, {"hf_model_name": "y"}),
             r"timm image tower 'x'; Hugging Face text tower 'y'",
         ),
-        (a_config(custom_text=True), r"unsupported: custom_text. Supported: embed_dim, .*vision_cfg"),
+        (a_config(text_tower=True), r"unsupported: text_tower. Supported: embed_dim, .*vision_cfg"),
+        (a_config(nonscalar_logit_scale=True), r"unsupported: nonscalar_logit_scale"),
         (
-            a_config({"ls_init_value": 0.1, "widht": 3}),
-            r"vision_cfg.ls_init_value, vision_cfg.widht\. .*vision_cfg.width",
+            a_config({"patch_dropout": 0.1, "widht": 3}),
+            r"vision_cfg.patch_dropout, vision_cfg.widht\. .*vision_cfg.width",
         ),
-        (a_config((), {"pool_type": "last"}), r"text_cfg.pool_type"),
-        ({"model_cfg": a_config(), "preprocess_cfg": {"interpolation": "bicubic"}}, r"preprocess_cfg.interpolation"),
+        (a_config((), {"pool_type": "mean"}), r"text_cfg: pool_type must be one of .*; got 'mean'"),
+        (a_config((), {"pool_type": "eos"}), r"text_cfg: pool_type 'eos' needs eos_id"),
+        (a_config((), {"proj_type": "mlp"}), r"text_cfg: proj_type must be linear or none; got 'mlp'"),
+        (a_config((), {"embed_cls": True}), r"text_cfg.embed_cls"),
+        (a_config((), {"norm_kwargs": {"epsilon": 1}}), r"norm_kwargs must be .*epsilon"),
+        (a_config({"pool_type": "none"}), r"vision_cfg: pool_type must be one of tok, avg, map; got 'none'"),
+        ({"model_cfg": a_config(), "preprocess_cfg": {"fill_color": 9}}, r"preprocess_cfg.fill_color"),
+        ({"model_cfg": a_config(), "preprocess_cfg": {"interpolation": "random"}}, r"interpolation must be bicubic or"),
+        ({"model_cfg": a_config(), "preprocess_cfg": {"resize_mode": "longest"}}, r"resize_mode must be shortest or"),
         ({"model_cfg": a_config(), "optimizer": {}}, r"unsupported: optimizer"),
         ({"model_cfg": a_config(), "preprocess_cfg": {"mean": [0.5]}}, r"three numbers each.*got 1 and 3"),
         ({"embed_dim": 8}, r"\['text_cfg', 'vision_cfg'\] missing"),
@@ -117,6 +144,14 @@ def test_refuses_sizes_that_do_not_divide():
         ClipConfig.from_dict(a_config({"head_width": 48}))
     with pytest.raises(ShapeError, match="text_cfg: width 64 must be a multiple of heads 5"):
         replace(load_config("digits").text_cfg, heads=5)
+    with pytest.raises(
+        ShapeError, match=r"four numbers of layers and .* 32 pixels; got layers \[1, 2\], image_size 64"
+    ):
+        VisionConfig(64, (1, 2))
+    with pytest.raises(ShapeError, match="pool_type 'map' ends with the width 64, and embed_dim is 8"):
+        build_clip(ClipConfig.from_dict(a_config({"pool_type": "map"})))
+    with pytest.raises(ShapeError, match="proj_type 'none' ends with the width 64, and embed_dim is 8"):
+        build_clip(ClipConfig.from_dict(a_config((), {"proj_type": "none"})))
 
 
 def test_an_unknown_name_gets_the_nearest(tmp_path):

@@ -30,6 +30,7 @@ class TextConfig:
     no_causal_mask: bool = False  # every token sees every token, padding too
     pool_type: str = "argmax"  # the pooled token: "argmax" the highest id, "eos" the first eos_id, "last", "first"
     eos_id: int | None = None  # for pool_type "eos"
+    proj_type: str = "linear"  # "none": there is no projection, and the width is D
     proj_bias: bool = False  # the projection is then an nn.Linear
     hf_tokenizer_name: str | None = None  # carried along for open_clip; not looked at here
     tokenizer_kwargs: dict[str, Any] | None = None  # likewise
@@ -39,6 +40,8 @@ class TextConfig:
             raise ShapeError(f"text_cfg: width {self.width} must be a multiple of heads {self.heads}")
         if self.pool_type not in POOLS:
             raise DataError(f"text_cfg: pool_type must be one of {', '.join(POOLS)}; got {self.pool_type!r}")
+        if self.proj_type not in ("linear", "none"):
+            raise DataError(f"text_cfg: proj_type must be linear or none; got {self.proj_type!r}")
         if self.pool_type == "eos" and self.eos_id is None:
             raise DataError("text_cfg: pool_type 'eos' needs eos_id, the end-of-text token's id")
 
@@ -89,7 +92,14 @@ class TextTower(nn.Module):
             layer_scale=config.ls_init_value,
         )
         self.ln_final = LayerNorm(C, eps)
-        self.text_projection = nn.Linear(C, embed_dim) if config.proj_bias else nn.Parameter(torch.empty(C, embed_dim))
+        self.text_projection: nn.Parameter | nn.Linear | None = None
+        if config.proj_type == "none":
+            if embed_dim != C:
+                raise ShapeError(f"text_cfg: proj_type 'none' ends with the width {C}, and embed_dim is {embed_dim}")
+        elif config.proj_bias:
+            self.text_projection = nn.Linear(C, embed_dim)
+        else:
+            self.text_projection = nn.Parameter(torch.empty(C, embed_dim))
         self._initialize(C, config.layers)
 
     def _initialize(self, C: int, layers: int) -> None:
@@ -108,7 +118,7 @@ class TextTower(nn.Module):
         if isinstance(self.text_projection, nn.Linear):
             nn.init.normal_(self.text_projection.weight, std=C**-0.5)
             nn.init.zeros_(self.text_projection.bias)
-        else:
+        elif self.text_projection is not None:
             nn.init.normal_(self.text_projection, std=C**-0.5)
 
     def forward(self, text: Tensor) -> Tensor:
@@ -126,14 +136,14 @@ class TextTower(nn.Module):
         if pool == "argmax":
             return text.argmax(-1)
         if pool == "eos":
-            return (text == self.text_config.eos_id).int().argmax(-1)
+            return text.eq(self.text_config.eos_id or 0).int().argmax(-1)
         return text.new_full((len(text),), text.shape[1] - 1 if pool == "last" else 0)
 
     def project(self, pooled: Tensor) -> Tensor:
         """The embeddings [B, D] of pooled tokens [B, C]."""
         if isinstance(self.text_projection, nn.Linear):
             return self.text_projection(pooled)
-        return pooled @ self.text_projection
+        return pooled if self.text_projection is None else pooled @ self.text_projection
 
     def tokens(self, text: Tensor) -> Tensor:
         """Every token's features after ln_final: [B, T, C]; token t has seen tokens 0 .. t."""

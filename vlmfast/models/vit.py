@@ -1,33 +1,53 @@
-"""The image tower: a vision transformer pooled at its class token."""
+"""The image tower: a vision transformer pooled at its class token, at the mean of its patches, or by attention."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmfast.errors import DTypeError, ShapeError
-from vlmfast.layers import LayerNorm, PatchEmbedding, Transformer
+from vlmfast.errors import DataError, DTypeError, ShapeError
+from vlmfast.layers import LayerNorm, Mlp, PatchEmbedding, Transformer
+
+POOLS = ("tok", "avg", "map")
+Group: TypeAlias = list[nn.Module | nn.Parameter | None]  # of parameters that are frozen together
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The image tower's sizes, under the names of open_clip's `vision_cfg`."""
+    """The image tower's sizes, under the names of open_clip's `vision_cfg`; four numbers as `layers` make a ResNet."""
 
     image_size: int | tuple[int, int] = 224  # pixels: the side of a square, or (H, W)
-    layers: int = 12
+    layers: int | tuple[int, ...] = 12
     width: int = 768
     head_width: int = 64
     patch_size: int = 16
     mlp_ratio: float = 4.0
     act_kwargs: dict[str, Any] | None = None  # {"approximate": "tanh"} or nothing
+    norm_kwargs: dict[str, Any] | None = None  # {"eps": ...}; nothing: 1e-5
+    ls_init_value: float | None = None  # of LayerScale; None: the blocks have none
+    no_ln_pre: bool = False
+    final_ln_after_pool: bool = False  # the mean of the patches is normalised, not what it is the mean of
+    pool_type: str = "tok"  # "tok" the class token, "avg" the mean of the patches, "map" SigLIP's attention pooling
 
     def __post_init__(self) -> None:
+        height, width = self.image_hw
+        if isinstance(self.layers, tuple):
+            if len(self.layers) != 4 or height != width or height % 32:
+                raise ShapeError(
+                    f"vision_cfg: a ResNet has four numbers of layers and square images of a multiple of 32 pixels; "
+                    f"got layers {list(self.layers)}, image_size {self.image_size}"
+                )
+            return
+        if self.pool_type not in POOLS:
+            raise DataError(f"vision_cfg: pool_type must be one of {', '.join(POOLS)}; got {self.pool_type!r}")
         if self.width % self.head_width:
             raise ShapeError(f"vision_cfg: width {self.width} must be a multiple of head_width {self.head_width}")
-        if any(side % self.patch_size for side in self.image_hw):
+        # SigLIP's So400m at 384 pixels and patches of 14 leaves 6 pixels out; for the rest a remainder is a mistake.
+        if self.pool_type != "map" and any(side % self.patch_size for side in self.image_hw):
             raise ShapeError(
                 f"vision_cfg: image_size {self.image_size} must be a multiple of patch_size {self.patch_size}"
             )
@@ -38,66 +58,157 @@ class VisionConfig:
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     @property
-    def tokens(self) -> int:
-        """The class token and one a patch."""
+    def grid(self) -> tuple[int, int]:
+        """Patches (down, across)."""
         height, width = self.image_hw
-        return 1 + (height // self.patch_size) * (width // self.patch_size)
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def tokens(self) -> int:
+        """One a patch, and the class token; SigLIP's attention pooling has none."""
+        return (self.pool_type != "map") + self.grid[0] * self.grid[1]
+
+    @property
+    def eps(self) -> float:
+        """Of every normalisation."""
+        return (self.norm_kwargs or {}).get("eps", 1e-5)
 
 
 class ViT(nn.Module):
     """Image embeddings [B, D], not normalised: the class token after the last block, normalised and projected.
 
-    Equals:
+    Equals, with `pool_type` "tok":
         x = ln_pre(cat([class_embedding, conv1(image)]) + positional_embedding)
         ln_post(transformer(x)[:, 0]) @ proj
 
+    With "avg" the patches' mean takes the class token's place; "map" is SigLIP's tower: a bias in conv1, no class
+    token, no ln_pre, no projection, and `attn_pool` over ln_post of all patches.
+
     Args:
         config: sizes.
-        embed_dim: D.
+        embed_dim: D, with "map" the width.
         activation: a key of `vlmfast.layers.ACTIVATIONS`.
         mean, std: of each channel, for pixels in 0..1.
         image: [B, 3, H, W]; uint8 in 0..255, or floating and already normalised with mean and std.
     Returns: [B, D].
     Raises:
-        ShapeError: image is not [B, 3, H, W] of the configured size.
+        ShapeError: image is not [B, 3, H, W] of the configured size, or D is not the width that "map" ends with.
         DTypeError: image is neither uint8 nor floating.
-    Source: Dosovitskiy et al. 2021; ln_pre and the initialisation as in OpenAI's CLIP.
+    Source: Dosovitskiy et al. 2021; ln_pre and the initialisation as in OpenAI's CLIP; "map": Zhai et al. 2022.
     """
 
     def __init__(
         self, config: VisionConfig, embed_dim: int, activation: str, mean: tuple[float, ...], std: tuple[float, ...]
     ) -> None:
         super().__init__()
-        C, scale = config.width, config.width**-0.5
-        self.image_hw = config.image_hw
-        self.conv1 = PatchEmbedding(C, config.patch_size, mean, std)
-        self.class_embedding = nn.Parameter(scale * torch.randn(C))
+        assert isinstance(config.layers, int)
+        C, scale, eps = config.width, config.width**-0.5, config.eps
+        mapped = config.pool_type == "map"
+        if mapped and embed_dim != C:
+            raise ShapeError(f"vision_cfg: pool_type 'map' ends with the width {C}, and embed_dim is {embed_dim}")
+        self.config = config
+        self.conv1 = PatchEmbedding(C, config.patch_size, mean, std, bias=mapped)
+        self.class_embedding = None if mapped else nn.Parameter(scale * torch.randn(C))
         self.positional_embedding = nn.Parameter(scale * torch.randn(config.tokens, C))
-        self.ln_pre = LayerNorm(C)
+        self.ln_pre = nn.Identity() if mapped or config.no_ln_pre else LayerNorm(C, eps)
         # The blocks keep PyTorch's own initialisation: OpenAI's CLIP sets none in the image tower.
-        self.transformer = Transformer(config.layers, C, C // config.head_width, config.mlp_ratio, activation)
-        self.ln_post = LayerNorm(C)
-        self.proj = nn.Parameter(scale * torch.randn(C, embed_dim))
+        self.transformer = Transformer(
+            config.layers,
+            C,
+            C // config.head_width,
+            config.mlp_ratio,
+            activation,
+            eps=eps,
+            layer_scale=config.ls_init_value,
+        )
+        self.ln_post = LayerNorm(C, eps)
+        heads = C // config.head_width
+        self.attn_pool = AttentionPool(C, heads, config.mlp_ratio, activation, eps) if mapped else None
+        self.proj = None if mapped else nn.Parameter(scale * torch.randn(C, embed_dim))
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.ln_post(self.tokens(image)[:, 0]) @ self.proj
+        x = self.tokens(image)
+        if self.attn_pool is not None:
+            return self.attn_pool(self.ln_post(x))
+        if self.config.pool_type == "tok":
+            pooled = self.ln_post(x[:, 0])
+        elif self.config.final_ln_after_pool:
+            pooled = self.ln_post(x[:, 1:].mean(1))
+        else:
+            pooled = self.ln_post(x[:, 1:]).mean(1)
+        return pooled @ self.proj
 
     def tokens(self, image: Tensor) -> Tensor:
         """The last block's output [B, 1 + P, C], not normalised: the class token, then patches in reading order."""
-        self._check(image)
-        x = self.conv1(image)  # [B, P, C]
-        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
+        check_image(image, self.config.image_hw)
+        rows, columns = self.config.grid
+        p = self.config.patch_size
+        x = self.conv1(image[:, :, : rows * p, : columns * p])  # [B, P, C]
+        if self.class_embedding is not None:
+            x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
         return self.transformer(self.ln_pre(x + self.positional_embedding))
 
-    def _check(self, image: Tensor) -> None:
-        H, W = self.image_hw
-        if image.dim() != 4 or image.shape[1:] != (3, H, W) or not len(image):
-            raise ShapeError(
-                f"encode_image: image must be [B, 3, {H}, {W}], B >= 1; got {tuple(image.shape)}. "
-                f"Resize and crop to {H} x {W} pixels, channels first, or build a model with another image_size"
-            )
-        if image.dtype != torch.uint8 and not image.is_floating_point():
-            raise DTypeError(
-                f"encode_image: image must be uint8 in 0..255, or floating and normalised with the config's mean and "
-                f"std; got {image.dtype}. Use .to(torch.uint8)"
-            )
+    def groups(self) -> list[Group]:
+        """What `Clip.lock_image_tower` unlocks from the end, as open_clip groups it: embeddings, blocks, projection."""
+        stem: Group = [self.conv1, self.class_embedding, self.positional_embedding, self.ln_pre]
+        blocks: list[Group] = [[block] for block in self.transformer.resblocks]
+        blocks[-1].append(self.ln_post)
+        return [stem, *blocks, [self.attn_pool, self.proj]]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keeps only the blocks' inputs for the backward, which then runs each block a second time."""
+        self.transformer.checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """The matrices that take no weight decay: what is added to tokens."""
+        return {"positional_embedding", "class_embedding"} if self.attn_pool is None else {"positional_embedding"}
+
+
+class AttentionPool(nn.Module):
+    """One vector an image: a learned query's attention over its tokens, and a perceptron on the outcome.
+
+    Equals:
+        y = nn.MultiheadAttention(width, heads)(probe, x, x)
+        y + mlp(ln(y))
+
+    Args:
+        width, heads, mlp_ratio, activation, eps: as for `vlmfast.layers.Block`.
+        x: [B, T, C].
+    Returns: [B, C].
+    Source: Zhai et al. 2022 (multihead attention pooling), as in SigLIP.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, activation: str, eps: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.probe = nn.Parameter(width**-0.5 * torch.randn(width))
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+        self.ln = LayerNorm(width, eps)
+        self.mlp = Mlp(width, int(width * mlp_ratio), activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        C = x.shape[-1]
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        q = F.linear(self.probe, weight[:C], bias[:C]).view(1, self.heads, 1, -1).expand(len(x), -1, -1, -1)
+        k, v = F.linear(x, weight[C:], bias[C:]).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        y = self.out_proj(F.scaled_dot_product_attention(q, k, v).flatten(1))  # q [B, H, 1, K]; k, v [B, H, T, K]
+        return y + self.mlp(self.ln(y))
+
+
+def check_image(image: Tensor, image_hw: tuple[int, int]) -> None:
+    """Raises what `ViT` says of an image that is not [B, 3, H, W], or neither uint8 nor floating."""
+    H, W = image_hw
+    if image.dim() != 4 or image.shape[1:] != (3, H, W) or not len(image):
+        raise ShapeError(
+            f"encode_image: image must be [B, 3, {H}, {W}], B >= 1; got {tuple(image.shape)}. "
+            f"Resize and crop to {H} x {W} pixels, channels first, or build a model with another image_size"
+        )
+    if image.dtype != torch.uint8 and not image.is_floating_point():
+        raise DTypeError(
+            f"encode_image: image must be uint8 in 0..255, or floating and normalised with the config's mean and "
+            f"std; got {image.dtype}. Use .to(torch.uint8)"
+        )
