@@ -41,18 +41,20 @@ static int useful_threads(const Pair& pair, int64_t tile_m) {
   return work < 1 || most < 1 ? 1 : int(work < most ? work : most);
 }
 
-Sweep::Sweep(const Pair& pair, float* dx, float* dy)
+Sweep::Sweep(const Pair& pair, float* dx, float* dy, float* kept)
     : pair_(pair),
       k_(kernels()),
       dx_(dx),
       dy_(dy),
+      kept_(kept),
+      again_(!kept || !(dx || dy)),
       tile_m_(tile_size(pair.x.rows, TILE_M)),
       tile_n_(tile_size(pair.y.rows, TILE_N)),
       streamed_(pair.x.rows <= tile_m_),
       threads_(useful_threads(pair, tile_m_)),
       x_inverse_(pair.x.rows),
       y_inverse_(pair.y.rows),
-      y_panels_(round_up(streamed_ ? tile_n_ : pair.y.rows, k_.nr) * pair.D),
+      y_panels_(again_ ? round_up(streamed_ ? tile_n_ : pair.y.rows, k_.nr) * pair.D : 0),
       y_slices_(dx ? (streamed_ ? tile_n_ : pair.y.rows) * round_up(pair.D, k_.nr) : 0) {
   const int64_t M = pair.x.rows, N = pair.y.rows, D = pair.D;
   if (dx) std::memset(dx, 0, size_t(M * D) * sizeof(float));
@@ -68,8 +70,15 @@ Sweep::Sweep(const Pair& pair, float* dx, float* dy)
 
 void Sweep::pack_y(int64_t j0, int64_t n) {
   const int64_t D = pair_.D;
-  k_.pack_panels(pair_.y, D, y_inverse_, j0, n, k_.nr, y_panels_ + at(j0) * D);
+  if (again_) k_.pack_panels(pair_.y, D, y_inverse_, j0, n, k_.nr, y_panels_ + at(j0) * D);
   if (dx_) k_.pack_slices(pair_.y, D, y_inverse_, j0, n, k_.nr, y_slices_ + at(j0) * round_up(D, k_.nr));
+}
+
+void Sweep::copy_tile(const Tile& tile) const {
+  for (int64_t i = 0; i < tile.m; ++i) {
+    float *ours = tile.s + i * TILE_LD, *kept = kept_ + (tile.i0 + i) * pair_.y.rows + tile.j0;
+    std::memcpy(again_ ? kept : ours, again_ ? ours : kept, size_t(tile.n) * sizeof(float));
+  }
 }
 
 double Sweep::finish(float scale) {

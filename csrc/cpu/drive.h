@@ -97,7 +97,8 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 // A pair of matrices, packed, ready to be walked tile by tile.
 class Sweep {
  public:
-  Sweep(const Pair& pair, float* dx, float* dy);
+  // kept [M, N], or nullptr: without dx and dy it is filled with S, with either of them S is read from it.
+  Sweep(const Pair& pair, float* dx, float* dy, float* kept = nullptr);
 
   // f(tile) with tile.s filled, for every tile. A tile runs after those above it and those left of it, whatever the
   // threads: sums over rows or columns are added in one order and have the same bits on any number of threads.
@@ -120,11 +121,13 @@ class Sweep {
   };
 
   void pack_y(int64_t j0, int64_t n);
+  void copy_tile(const Tile& tile) const;                      // from or to `kept`
   int64_t at(int64_t j0) const { return streamed_ ? 0 : j0; }  // where the columns from j0 lie in the packed y
 
   Pair pair_;
   const Kernels& k_;
-  float *dx_, *dy_;
+  float *dx_, *dy_, *kept_;
+  bool again_;  // S is not in `kept`: it is computed
   int64_t tile_m_, tile_n_;
   bool streamed_;  // a single band of rows meets each column once: y is packed a tile at a time, in cache
   int threads_;
@@ -149,12 +152,13 @@ void Sweep::run(F f) {
     const Workspace& w = workspaces[t];
     for (int64_t band; (band = next++) < bands;) {  // bands are taken in order, so the one above is never far
       const int64_t i0 = band * tile_m_, m = M - i0 < tile_m_ ? M - i0 : tile_m_;
-      k_.pack_panels(pair_.x, D, x_inverse_, i0, m, k_.mr, w.x_panels);
+      if (again_) k_.pack_panels(pair_.x, D, x_inverse_, i0, m, k_.mr, w.x_panels);
       if (dy_) k_.pack_slices(pair_.x, D, x_inverse_, i0, m, k_.nr, w.x_slices);
       for (int64_t j0 = 0; j0 < N; j0 += tile_n_) {
         const Tile tile = {i0, j0, m, N - j0 < tile_n_ ? N - j0 : tile_n_, w.s};
         if (streamed_) pack_y(j0, tile.n);
-        k_.similarity(w.x_panels, y_panels_ + at(j0) * D, D, tile);
+        if (again_) k_.similarity(w.x_panels, y_panels_ + at(j0) * D, D, tile);
+        if (kept_) copy_tile(tile);
         if (band > 0)
           for (int spins = 0; done[band - 1].load(std::memory_order_acquire) < j0 + tile.n; ++spins)
             if (spins > 1000) std::this_thread::yield();

@@ -58,9 +58,9 @@ static double close(const SoftmaxCall& call, const SoftmaxSide& side, Side& stat
   return loss;
 }
 
-double softmax_loss_forward(const SoftmaxCall& call) {
+double softmax_loss_forward(const SoftmaxCall& call, float* kept) {
   const int64_t M = call.pair.x.rows, N = call.pair.y.rows;
-  Sweep sweep(call.pair, nullptr, nullptr);
+  Sweep sweep(call.pair, nullptr, nullptr, kept);
   Side rows(M), cols(N);
   const Running row_stats = rows.running(), col_stats = cols.running();
   sweep.run([&](const Tile& tile) { kernels().softmax_forward(tile, call, row_stats, col_stats); });
@@ -75,8 +75,8 @@ double softmax_loss_forward(const SoftmaxCall& call) {
          close(call, call.cols, cols, N, smoothing ? static_cast<double*>(col_means) : nullptr);
 }
 
-double softmax_loss_backward(const SoftmaxCall& call, float grad, float* dx, float* dy) {
-  Sweep sweep(call.pair, dx, dy);
+double softmax_loss_backward(const SoftmaxCall& call, float grad, float* kept, float* dx, float* dy) {
+  Sweep sweep(call.pair, dx, dy, kept);
   sweep.run([&](const Tile& tile) { kernels().softmax_backward(tile, call, grad); });
   return sweep.finish(call.scale);
 }

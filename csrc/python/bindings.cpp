@@ -53,16 +53,18 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "softmax_loss_forward",
       [](const MatrixArg& x, const MatrixArg& y, int64_t D, bool normalize, int threads, const SideArg& rows,
-         const SideArg& cols, float scale, float smoothing, int32_t form) {
-        return softmax_loss_forward(softmax_call(x, y, D, normalize, threads, rows, cols, scale, smoothing, form));
+         const SideArg& cols, float scale, float smoothing, int32_t form, uintptr_t kept) {
+        return softmax_loss_forward(softmax_call(x, y, D, normalize, threads, rows, cols, scale, smoothing, form),
+                                    at<float>(kept));
       },
       Unlocked());
   m.def(
       "softmax_loss_backward",
       [](const MatrixArg& x, const MatrixArg& y, int64_t D, bool normalize, int threads, const SideArg& rows,
-         const SideArg& cols, float scale, float smoothing, int32_t form, float grad, uintptr_t dx, uintptr_t dy) {
+         const SideArg& cols, float scale, float smoothing, int32_t form, uintptr_t kept, float grad, uintptr_t dx,
+         uintptr_t dy) {
         return softmax_loss_backward(softmax_call(x, y, D, normalize, threads, rows, cols, scale, smoothing, form),
-                                     grad, at<float>(dx), at<float>(dy));
+                                     grad, at<float>(kept), at<float>(dx), at<float>(dy));
       },
       Unlocked());
   m.def(

@@ -58,9 +58,10 @@ struct SoftmaxCall {
   int32_t form;
 };
 
-double softmax_loss_forward(const SoftmaxCall& call);
+// kept [M, N], or nullptr: S, written by the forward to spare the backward from computing it again.
+double softmax_loss_forward(const SoftmaxCall& call, float* kept);
 // dx [M, D], dy [N, D] float32 or nullptr when not needed; returns dL/dscale. `grad` is the incoming gradient.
-double softmax_loss_backward(const SoftmaxCall& call, float grad, float* dx, float* dy);
+double softmax_loss_backward(const SoftmaxCall& call, float grad, float* kept, float* dx, float* dy);
 
 // ---- sigmoid_loss -------------------------------------------------------------------------------------------------
 // (1 / M) sum_ij softplus(-+(scale S_ij + bias)), - on the diagonal; writes {loss, dL/dscale, dL/dbias}.
