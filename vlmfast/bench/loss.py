@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmfast.bench import machine, memory, providers, report, timing
-from vlmfast.bench.meter import Cpu, Cuda, Meter, meter
+from vlmfast.bench.meter import Cpu, Cuda, Meter, guarded, meter
 from vlmfast.bench.providers import (
     LOGIT_BIAS,
     LOGIT_SCALE,
@@ -286,14 +286,14 @@ def _run_batch(
         exact_leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
         truth = values_and_gradients(bind(providers.forms(config.loss, "reference")[""], exact_leaves), exact_leaves)
         for name, loss in losses.items():
-            values = _or_reason(rows[name], gauge, partial(values_and_gradients, loss, leaves))()
+            values = guarded(rows[name], gauge, partial(values_and_gradients, loss, leaves))()
             if values is not None:
                 _measure_errors(rows[name], values, truth)
         del exact_leaves, truth
 
     say(f"B={batch}: {len(losses)} providers in turn")
     calls: dict[str, Callable[[], Any]] = {
-        name: _or_reason(rows[name], gauge, partial(gauge.timed_pass, loss, leaves)) for name, loss in losses.items()
+        name: guarded(rows[name], gauge, partial(gauge.timed_pass, loss, leaves)) for name, loss in losses.items()
     }
     if config.rounds > 1:
         for call in calls.values():
@@ -324,21 +324,6 @@ def _options(config: LossBench) -> dict[str, Any]:
     """The keyword arguments of our own function that the config names."""
     named = {"precision": config.precision, "max_workspace": config.max_workspace}
     return {name: value for name, value in named.items() if value is not None}
-
-
-def _or_reason(row: Row, gauge: Meter, call: Callable[[], Any]) -> Callable[[], Any]:
-    """The call; once it has failed its row has the reason, and it does nothing."""
-
-    def attempt() -> Any:
-        if row.reason:
-            return None
-        try:
-            return call()
-        except Exception as error:
-            row.reason = first_line(error)
-        gauge.recover()
-
-    return attempt
 
 
 def _refuse_what_does_not_fit(provider: str, batch: int, gauge: Meter) -> None:

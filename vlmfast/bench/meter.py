@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -13,7 +14,8 @@ from torch import Tensor
 from vlmfast._ext import C
 from vlmfast.bench import machine, memory, timing
 from vlmfast.bench.memory import Peak
-from vlmfast.bench.providers import BenchError
+from vlmfast.bench.providers import BenchError, first_line
+from vlmfast.bench.report import Row
 
 MICROKERNEL_SECONDS = 0.02  # once a round
 FLUSH_BYTES = 2**28  # written before each call: several times the L2 cache of any GPU
@@ -175,3 +177,26 @@ def meter(device: str, threads: int = 1) -> Meter:
         threads: of the processor.
     """
     return Cuda() if device == "cuda" else Cpu(threads)
+
+
+def guarded(row: Row, gauge: Meter, call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call; once it has failed its row has the reason, and it does nothing and returns None.
+
+    Args:
+        row: of the provider that is called.
+        gauge: makes room after a failure.
+        call: any.
+    """
+
+    def attempt() -> Any:
+        if row.reason:
+            return None
+        try:
+            return call()
+        except Exception as error:
+            row.reason = first_line(error)
+            if row.provider == "vlmfast":
+                traceback.print_exc()
+        gauge.recover()  # out here: the error, as long as it lives, holds on to the tensors of the call
+
+    return attempt

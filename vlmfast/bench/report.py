@@ -219,11 +219,14 @@ def show(report: Report, console: Any = None) -> None:
 def headline(report: Report) -> str:
     """The kernel, the shape and the machine, in one line."""
     config, facts = report.config, report.machine
+    shape = f"D={config['dim']}"
+    if "queries" in config:
+        shape = f"{config['queries']} queries, k={config['k']}, {shape}"
     where = device_name(report)
     if "gpu" not in facts:
         threads = f"{config['threads']} thread{'s' if config['threads'] != 1 else ''}"
         where = f"{threads}, {where} ({facts['cores']} cores)"
-    return f"{report.kernel}, D={config['dim']}, {config['dtype']}, {where}"
+    return f"{report.kernel}, {shape}, {config['dtype']}, {where}"
 
 
 def device_name(report: Report) -> str:
@@ -251,8 +254,9 @@ def _title(report: Report, batch: int) -> str:
     peak, copy = report.peak_gflops.get(str(batch)), report.copy_gb_per_s.get(str(batch))
     tera = "gpu" in report.machine
     rate = "" if peak is None else f"{peak.median / 1e3:.0f} TFLOP/s" if tera else f"{peak.median:.0f} GFLOP/s"
+    letter = "N" if "queries" in report.config else "B"
     return (
-        f"B = {batch}"
+        f"{letter} = {batch}"
         + f"; {report.peak_of}: {rate}" * bool(peak)
         + (f"; a copy: {copy.median / 1e3:.2f} TB/s" if copy else "")
     )
