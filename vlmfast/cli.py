@@ -1,6 +1,7 @@
 """The command line: `vlmfast <command> --flags`, one file in `vlmfast/recipes/` a command.
 
 Each of those files has a dataclass `Config` (its fields are the flags, its docstring is the help) and `run(config)`.
+With a name `POSITIONAL` in it, fields without a default are words without a flag.
 """
 
 from __future__ import annotations
@@ -16,7 +17,18 @@ from types import ModuleType
 from vlmfast._version import __version__
 from vlmfast.errors import VlmfastError, missing_extra
 
-COMMANDS = ("demo", "train", "eval", "bench loss", "tune", "doctor", "data preview", "data export")
+COMMANDS = (
+    "demo",
+    "train",
+    "eval",
+    "bench loss",
+    "bench topk",
+    "bench report",
+    "tune",
+    "doctor",
+    "data preview",
+    "data export",
+)
 
 
 FAILURES = (VlmfastError, OSError, ValueError)  # what the library and the system raise on purpose; the rest are bugs
@@ -54,13 +66,14 @@ def _run(command: str, words: list[str]) -> int:
     except ImportError:
         raise missing_extra("tyro", "cli") from None
     module = _module(command)
+    positional = [tyro.conf.PositionalRequiredArgs] * hasattr(module, "POSITIONAL")
     try:
         config = tyro.cli(
             module.Config,
             prog=f"vlmfast {command}",
             args=words,
             description=inspect.getdoc(module.Config),
-            config=(tyro.conf.FlagCreatePairsOff,),
+            config=(tyro.conf.FlagCreatePairsOff, *positional),
         )
     except SystemExit as done:  # --help, or a flag that does not parse: tyro has printed it
         return int(done.code or 0)
