@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 NATIVE := CMakeLists.txt setup.py $(shell find csrc -type f)
 
-.PHONY: demo test test-noext test-interpret compile-gates setup bench fmt lint type nm asan clean
+.PHONY: demo test test-noext test-interpret compile-gates setup bench gpu-check fmt lint type nm asan clean
 
 demo: $(VENV)/.native ## train CLIP on real digits through the fused loss, and measure what it saves
 	$(BIN)/vlmfast demo --out demo
@@ -18,6 +18,9 @@ test-noext: $(VENV)/.pinned ## every test as on a machine without a compiler: th
 
 bench: $(VENV)/.native ## every op beside its rivals, under pytest-benchmark
 	$(BIN)/python -m pytest benchmarks/ops
+
+gpu-check: ## the tests on this machine's GPU and its benchmarks, with the PyTorch that $(PYTHON) has: no .venv, no network
+	PYTHON=$(PYTHON) benchmarks/gpu_check.sh
 
 setup: $(VENV)/.native ## the virtual environment, pinned, with the extension built
 
