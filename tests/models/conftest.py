@@ -7,8 +7,15 @@ import warnings
 import pytest
 import torch
 
+DECLARED: list[torch.library.Library] = []  # gone when their last reference goes
+
 
 def _library(name):
+    # A torchvision that was built for another torch lacks two ops, which the others import and never call here.
+    for op in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, op):
+            DECLARED.append(torch.library.Library("torchvision", "FRAGMENT"))
+            DECLARED[-1].define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # another library's
         try:
@@ -27,12 +34,4 @@ def transformers():
 
 @pytest.fixture(scope="session")
 def open_clip():
-    # A torchvision that was built for another torch lacks two ops, which open_clip imports and never calls here.
-    declared = []
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            declared.append(torch.library.Library("torchvision", "FRAGMENT"))
-            declared[-1].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library = _library("open_clip")
-    yield library
-    del declared
+    return _library("open_clip")

@@ -42,8 +42,7 @@ def to_hugging_face(state):
 
 @pytest.mark.filterwarnings("ignore")  # another library's
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-def test_equals_clip_model(activation):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed", exc_type=ImportError)
+def test_equals_clip_model(transformers, activation):
     torch.manual_seed(0)
     sizes = {"num_hidden_layers": 2, "hidden_act": activation}
     text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 128, "num_attention_heads": 4}

@@ -200,7 +200,15 @@ class AttentionPool(nn.Module):
 
 
 def check_image(image: Tensor, image_hw: tuple[int, int]) -> None:
-    """Raises what `ViT` says of an image that is not [B, 3, H, W], or neither uint8 nor floating."""
+    """Nothing, if an image tower can take the image.
+
+    Args:
+        image: anything.
+        image_hw: (H, W) that the tower takes, in pixels.
+    Raises:
+        ShapeError: it is not [B, 3, H, W].
+        DTypeError: it is neither uint8 nor floating.
+    """
     H, W = image_hw
     if image.dim() != 4 or image.shape[1:] != (3, H, W) or not len(image):
         raise ShapeError(

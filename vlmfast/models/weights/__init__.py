@@ -17,7 +17,7 @@ from vlmfast.models.config import ClipConfig, load_config
 from vlmfast.models.weights import hf, open_clip, openai
 from vlmfast.models.weights.align import load_align
 from vlmfast.models.weights.files import read_json, read_sharded, read_tensors, write_folder
-from vlmfast.models.weights.table import inward, outward
+from vlmfast.models.weights.table import inward, outward, row
 
 Format: TypeAlias = Literal["hf", "open_clip"]
 
@@ -56,7 +56,7 @@ def load_clip(
     """
     folder = Path(path)
     if _is_align(folder):
-        return load_align(folder).to(device, dtype)
+        return load_align(folder, dtype).to(device)
     checkpoint = read_checkpoint(path, config)
     with torch.device("meta"):
         model = Clip(checkpoint.config)
@@ -95,7 +95,8 @@ def read_checkpoint(path: str | Path, config: str | Path | ClipConfig | None = N
     if source == "hf":
         ours = inward(hf.plain(weights), hf.rows(chosen), built, str(where))
     else:
-        ours = inward(open_clip.plain(weights, chosen), open_clip.rows(chosen, list(built)), built, str(where))
+        table = [row(name) for name in built] if open_clip.has_our_names(weights) else open_clip.rows(chosen, [*built])
+        ours = inward(open_clip.plain(weights, chosen), table, built, str(where))
     return Checkpoint(chosen, ours, source, folder if folder.is_dir() else folder.parent)
 
 

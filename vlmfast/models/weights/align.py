@@ -5,24 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vlmfast.errors import DataError
 from vlmfast.models.align import Align
 from vlmfast.models.weights.files import read_json, read_sharded, read_tensors
 from vlmfast.models.weights.table import inward, row
 
 
-def load_align(folder: Path) -> Align:
+def load_align(folder: Path, dtype: torch.dtype) -> Align:
     """The model of a folder that transformers' AlignModel wrote, in evaluation mode.
 
     Args:
         folder: with config.json, model.safetensors (whole or in shards) and perhaps preprocessor_config.json.
+        dtype: what floating tensors become.
     Raises:
         DataError: files are missing or not whole, or tensors missing, unknown or of another shape; all are listed.
         MissingExtraError: transformers is not installed.
     """
     processor = folder / "preprocessor_config.json"
     mean, std = _statistics(read_json(processor)) if processor.is_file() else ((0.5,) * 3, (0.5,) * 3)
-    model = Align(read_json(folder / "config.json"), mean, std)
+    model = Align(read_json(folder / "config.json"), mean, std).to(dtype)
     index = folder / "model.safetensors.index.json"
     weights = read_sharded(index) if index.is_file() else read_tensors(folder / "model.safetensors")
     weights = {name: value for name, value in weights.items() if not name.endswith(".embeddings.position_ids")}

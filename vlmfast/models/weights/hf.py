@@ -157,7 +157,8 @@ def processor_file(config: ClipConfig) -> dict[str, Any]:
     Args:
         config: the model and its preprocessing.
     """
-    siglip, squash = config.vision_cfg.pool_type == "map", config.resize_mode == "squash"
+    squash = config.resize_mode == "squash"
+    siglip = squash and config.vision_cfg.pool_type == "map"  # SiglipImageProcessor crops nothing
     height, width = config.vision_cfg.image_hw
     processor = {
         "image_processor_type": "SiglipImageProcessor" if siglip else "CLIPImageProcessor",

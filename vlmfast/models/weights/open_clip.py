@@ -16,6 +16,15 @@ WEIGHTS_FILE = "open_clip_model.safetensors"
 DROPPED = {"attn_mask", "text.attn_mask"}  # a buffer that older versions saved
 
 
+def has_our_names(weights: Mapping[str, Tensor]) -> bool:
+    """Whether the tensors bear our names already, as all that are not a SigLIP of open_clip's do.
+
+    Args:
+        weights: a checkpoint's tensors.
+    """
+    return "visual.conv1.weight" in weights
+
+
 def rows(config: ClipConfig, names: list[str]) -> list[Row]:
     """The table between our tensors and open_clip's.
 
