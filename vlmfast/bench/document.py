@@ -25,6 +25,12 @@ SPREADS = ("forward_ms", "backward_ms", "full_ms")
 ABSENT = "–"
 
 
+def is_result(path: Path) -> bool:
+    """Whether a JSON file holds what `vlmfast bench` measured; other results may lie beside it."""
+    read = json.loads(path.read_text(encoding="utf-8"))
+    return isinstance(read, dict) and ("reports" in read or {"kernel", "rows"} <= read.keys())
+
+
 def load(path: Path) -> list[Report]:
     """The reports in a result file: one, or those of a whole part of benchmarks/gpu_check.sh.
 
@@ -63,7 +69,8 @@ def tables(path: Path, batches: Sequence[int] | None = None, link: str | None = 
     first = reports[0]
     sha = f", commit {first.commit['sha'][:7]}" if first.commit else ""
     changed = " with changes" if first.commit and first.commit["dirty"] else ""
-    driver = f", driver {first.machine['gpu']['driver']}" if "gpu" in first.machine else ""
+    version = first.machine.get("gpu", {}).get("driver")
+    driver = f", driver {version}" if version else ""
     name = f"[{path.name}]({link})" if link else path.name
     source = (
         f"{name}: {device_name(first)}{driver}, PyTorch {first.versions['torch']}, {first.date[:10]}{sha}{changed}."

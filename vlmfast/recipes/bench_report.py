@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmfast.bench import document
+from vlmfast.bench import document, goals
 
 POSITIONAL = True  # files are named without a flag
 
@@ -17,8 +17,8 @@ POSITIONAL = True  # files are named without a flag
 class Config:
     """Turns result files into the tables of docs/benchmarks.md, and into plots.
 
-    Every table of the document that is marked with a file's name is made anew; its prose is left alone. The tables of
-    the files that are named are printed.
+    Every table of the document that is marked with a file's name, or with the folder that has the results for a list of
+    goals, is made anew; its prose is left alone. The tables of the files that are named are printed.
 
     For example:
         vlmfast bench report
@@ -55,7 +55,7 @@ def run(config: Config) -> int:
         return 0
     text = config.document.read_text(encoding="utf-8")
     prefix = Path(os.path.relpath(config.results, config.document.parent)).as_posix()
-    new = document.refreshed(text, config.results, prefix)
+    new = goals.refreshed(document.refreshed(text, config.results, prefix), config.results)
     if config.check:
         print(f"{config.document}: " + ("its tables differ from their files" if new != text else "as its files say"))
         return int(new != text)
@@ -66,6 +66,6 @@ def run(config: Config) -> int:
 
 
 def _found(paths: tuple[Path, ...]) -> Iterator[Path]:
-    """The JSON files, those of a folder in the order of their names."""
+    """The files, and the results in the folders in the order of their names."""
     for path in paths:
-        yield from sorted(path.glob("**/*.json")) if path.is_dir() else [path]
+        yield from filter(document.is_result, sorted(path.glob("**/*.json"))) if path.is_dir() else [path]
