@@ -1,13 +1,14 @@
 """A GPU's meter without a GPU: its events are wall time, its memory is the processor's, its allocator counts what the
 test says."""
 
+import gc
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from vlmfast.bench import meter
+from vlmfast.bench import machine, meter
 
 MIB = 2**20
 
@@ -24,6 +25,11 @@ class Event:
 
     def elapsed_time(self, end):
         return 1e3 * (end.time - self.time)
+
+
+@pytest.fixture(autouse=True)
+def _no_collection(monkeypatch):
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # takes half a second a time in a process as full as this one
 
 
 @pytest.fixture
@@ -52,10 +58,12 @@ def fake_cuda(monkeypatch):
         "memory_reserved": lambda: state.before,
         "mem_get_info": lambda: (state.free, 2**40),
     }
+    machine.gpu.cache_clear()
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(meter.Cuda, "where", "cpu")
     monkeypatch.setattr(meter, "FLUSH_BYTES", MIB)
     monkeypatch.setattr(meter, "PRODUCT", 32)
     monkeypatch.setattr(meter, "COPY_BYTES", 4096)
-    return state
+    yield state
+    machine.gpu.cache_clear()

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 from datetime import datetime, timezone
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,19 +41,21 @@ def machine() -> dict[str, Any]:
     }
 
 
+@cache
 def gpu() -> dict[str, Any]:
     """The GPU that torch uses, and what drives it. torch must see one.
 
-    Returns: JSON-able. `driver` is None where there is no nvidia-smi.
+    Returns: JSON-able. `driver` and `power_limit` are None where there is no nvidia-smi.
     """
     facts = torch.cuda.get_device_properties(torch.cuda.current_device())
+    driver, power_limit = _nvidia_smi("driver_version", "power.limit") or (None, None)
     return {
         "name": facts.name,
         "compute_capability": f"{facts.major}.{facts.minor}",
         "multiprocessors": facts.multi_processor_count,
         "memory_bytes": facts.total_memory,
-        "driver": _nvidia_smi("driver_version"),
-        "power_limit": _nvidia_smi("power.limit"),
+        "driver": driver,
+        "power_limit": power_limit,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
 
@@ -97,15 +100,15 @@ def _git(*words: str) -> str:
     return subprocess.run(["git", *words], cwd=here, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def _nvidia_smi(field: str) -> str | None:
-    """A field of nvidia-smi for the first GPU that this process may use, or None."""
-    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
+def _nvidia_smi(*names: str) -> list[str] | None:
+    """What nvidia-smi says of the first GPU that this process may use, or None."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+    command += [f"--id={visible}"] * bool(visible)
     try:
-        done = subprocess.run(
-            command + ["--id=" + visible] * bool(visible), check=True, capture_output=True, text=True, timeout=30
-        )
-        return done.stdout.splitlines()[0].strip()
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
+        found = done.stdout.splitlines()[0].split(", ")
+        return found if len(found) == len(names) else None
     except (OSError, subprocess.SubprocessError, IndexError):
         return None
 
