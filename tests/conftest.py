@@ -1,7 +1,9 @@
 """What every test runs under: one thread, and unwritten memory that reads as NaN; and the backends in turn."""
 
+import importlib
 import os
 import re
+import warnings
 
 import numpy
 import pytest
@@ -81,3 +83,34 @@ def cpu_backend():
     """For what only the compiled kernels promise."""
     with forced("cpu"):
         yield "cpu"
+
+
+DECLARED: list[torch.library.Library] = []  # gone when their last reference goes
+
+
+def _library(name):
+    """Another library to compare with; without it a skip, or a failure if VLMFAST_REQUIRE names it."""
+    # A torchvision that was built for another torch lacks two ops, which the others import and never call here.
+    for op in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, op):
+            DECLARED.append(torch.library.Library("torchvision", "FRAGMENT"))
+            DECLARED[-1].define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # another library's
+        try:
+            return importlib.import_module(name)
+        except ImportError as error:
+            required = name in os.environ.get("VLMFAST_REQUIRE", "").split(",")
+            (pytest.fail if required else pytest.skip)(f"{name} cannot be imported: {error}")
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    library = _library("transformers")
+    library.logging.set_verbosity_error()
+    return library
+
+
+@pytest.fixture(scope="session")
+def open_clip():
+    return _library("open_clip")

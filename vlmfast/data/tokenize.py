@@ -1,7 +1,8 @@
-"""Captions -> token ids: byte-level BPE through the `tokenizers` library, trained here or read from a file.
+"""Captions -> token ids through the `tokenizers` library, by a vocabulary trained here or read from a file or folder.
 
-Every row is start, tokens, end, padding (0). The end token has the highest id of all, so that a text tower may pool at
-`text.argmax(-1)` as CLIP does. No word is unknown: what the vocabulary lacks is spelt in bytes.
+In those trained here and in OpenAI's, every row is start, tokens, end, padding (0). The end token has the highest id of
+all, so that a text tower may pool at `text.argmax(-1)` as CLIP does. No word is unknown: what the vocabulary lacks is
+spelt in bytes. A folder of Hugging Face's keeps its own start, end and padding.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import gzip
 import html
 import json
 import os
+import string
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -22,27 +24,54 @@ from torch import Tensor
 from vlmfast.errors import DataError, missing_extra
 
 PAD, START, END = "<pad>", "<start_of_text>", "<end_of_text>"
-SPECIAL = (
-    (START, END),
-    ("<|startoftext|>", "<|endoftext|>"),
-)  # names of start and end: ours and open_clip's, Hugging Face's
+START_OF_CLIP, END_OF_CLIP = "<|startoftext|>", "<|endoftext|>"
+SPECIAL = ((START, END), (START_OF_CLIP, END_OF_CLIP))  # start and end: ours and open_clip's, Hugging Face's
 CLIP_CONTEXT, CLIP_MERGES = 77, 49152 - 256 - 2  # open_clip takes that many merges of its file
 CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+CONFIG_FILE = "tokenizer_config.json"  # beside a tokenizer.json of Hugging Face's
+CLEAN_KEY = "vlmfast_clean"  # in it, how texts are cleaned first
+NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+# How texts are cleaned: open_clip's three ways, SigLIP's in transformers, and not at all.
+Clean: TypeAlias = Literal["lower", "whitespace", "canonicalize", "siglip", "none"]
 
 
 def clean_text(text: str) -> str:
     """The text as open_clip cleans it: mojibake repaired, HTML entities resolved, single spaces, lower case.
 
+    Args:
+        text: a caption.
     Raises:
         MissingExtraError: ftfy is not installed.
     """
+    return " ".join(_repaired(text).split()).lower()
+
+
+def _repaired(text: str) -> str:
     try:
         import ftfy
     except ImportError as error:
         raise missing_extra("ftfy", "data") from error
     if not (text.isascii() and text.isprintable() and "&" not in text):  # else both leave it as it is
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
+    return text
+
+
+CLEANERS: dict[str, Callable[[str], str]] = {
+    "lower": clean_text,
+    "whitespace": lambda text: " ".join(_repaired(text).split()),
+    "canonicalize": lambda text: " ".join(_repaired(text).replace("_", " ").translate(NO_PUNCTUATION).lower().split()),
+    "siglip": lambda text: " ".join(text.lower().translate(NO_PUNCTUATION).split()),
+    "none": lambda text: text,
+}
+
+
+class Marks(NamedTuple):
+    """The special tokens of a vocabulary of Hugging Face's, whose file says where they go."""
+
+    start: str | None
+    end: str
+    pad: str
 
 
 class Tokenizer:
@@ -51,35 +80,49 @@ class Tokenizer:
     Args:
         inner: a `tokenizers.Tokenizer` with a start and an end token. Its truncation, padding and template are set.
         context_length: T, tokens a row with start and end, at least 2.
-        clean: whether texts go through `clean_text` first.
+        clean: what texts go through first: "lower" (or True) `clean_text`; "whitespace" the same without lower case;
+            "canonicalize" the same without punctuation, as open_clip does for SigLIP; "siglip" as transformers does for
+            SigLIP, which repairs nothing; "none" (or False) nothing.
+        marks: the special tokens, where the template stays as it is and the end need not have the highest id.
 
     Raises:
-        DataError: no start and end token, or the end token has not the highest id.
+        DataError: no start and end token, or without `marks` the end token has not the highest id.
+        ValueError: context_length < 2, or no such `clean`.
     """
 
-    pad_id = 0
-
-    def __init__(self, inner: Any, context_length: int, *, clean: bool = True) -> None:
+    def __init__(
+        self, inner: Any, context_length: int, *, clean: bool | Clean = True, marks: Marks | None = None
+    ) -> None:
         from tokenizers.processors import TemplateProcessing
 
         if context_length < 2:
             raise ValueError(f"Tokenizer: context_length must be at least 2, for start and end; got {context_length}")
-        start, end = next(
-            (pair for pair in SPECIAL if all(inner.token_to_id(name) is not None for name in pair)), (None, None)
-        )
-        if start is None or end is None:
-            raise DataError(f"Tokenizer: the vocabulary has none of the pairs of start and end tokens {SPECIAL}")
-        self.sot_id, self.eot_id = inner.token_to_id(start), inner.token_to_id(end)
+        self.clean = ("lower" if clean else "none") if isinstance(clean, bool) else clean
+        if self.clean not in CLEANERS:
+            raise ValueError(f"Tokenizer: clean must be one of {', '.join(CLEANERS)}; got {clean!r}")
+        self.context_length = context_length
         self.vocab_size = max(inner.get_vocab().values()) + 1
-        if self.eot_id != self.vocab_size - 1:
-            raise DataError(
-                f"Tokenizer: the end token {end!r} must have the highest id, which pooling at argmax finds; it has "
-                f"{self.eot_id} of {self.vocab_size} ids"
+        if marks is None:
+            start, end = next(
+                (pair for pair in SPECIAL if all(inner.token_to_id(name) is not None for name in pair)), (None, None)
             )
-        self.context_length, self.clean = context_length, clean
-        inner.post_processor = TemplateProcessing(
-            single=f"{start} $A {end}", special_tokens=[(start, self.sot_id), (end, self.eot_id)]
-        )
+            if start is None or end is None:
+                raise DataError(f"Tokenizer: the vocabulary has none of the pairs of start and end tokens {SPECIAL}")
+            self.sot_id, self.eot_id, self.pad_id = inner.token_to_id(start), inner.token_to_id(end), 0
+            if self.eot_id != self.vocab_size - 1:
+                raise DataError(
+                    f"Tokenizer: the end token {end!r} must have the highest id, which pooling at argmax finds; it has "
+                    f"{self.eot_id} of {self.vocab_size} ids"
+                )
+            inner.post_processor = TemplateProcessing(
+                single=f"{start} $A {end}", special_tokens=[(start, self.sot_id), (end, self.eot_id)]
+            )
+        else:
+            ids = {name: inner.token_to_id(name) for name in marks if name is not None}
+            if absent := [name for name, id in ids.items() if id is None]:
+                raise DataError(f"Tokenizer: the vocabulary lacks the special tokens {', '.join(absent)}")
+            self.eot_id, self.pad_id = ids[marks.end], ids[marks.pad]
+            self.sot_id = None if marks.start is None else ids[marks.start]
         inner.enable_truncation(context_length)
         inner.enable_padding(pad_id=self.pad_id, pad_token=inner.id_to_token(self.pad_id), length=context_length)
         inner.encode_special_tokens = True  # "<end_of_text>" in a caption is spelt out: it must not end the text
@@ -99,10 +142,11 @@ class Tokenizer:
             ValueError: a text needs more than T tokens and `truncate` is False.
         """
         texts = [texts] if isinstance(texts, str) else texts
-        rows = self._inner.encode_batch_fast([clean_text(text) if self.clean else text for text in texts])
+        clean, marks = CLEANERS[self.clean], self._inner.num_special_tokens_to_add(False)
+        rows = self._inner.encode_batch_fast([clean(text) for text in texts])
         for text, row in zip(texts, rows, strict=True):
             if row.overflowing and not truncate:
-                length = 2 + sum(sum(part.attention_mask) - 2 for part in (row, *row.overflowing))
+                length = marks + sum(sum(part.attention_mask) - marks for part in (row, *row.overflowing))
                 raise ValueError(
                     f"Tokenizer: {text[:60]!r} needs {length} tokens with start and end; context_length is "
                     f"{self.context_length}. Shorten it, or set truncate=True"
@@ -116,6 +160,18 @@ class Tokenizer:
         if self.eot_id in numbers:
             numbers = numbers[: numbers.index(self.eot_id)]
         return self._inner.decode([i for i in numbers if i != self.sot_id], skip_special_tokens=False)
+
+    def settings(self) -> dict[str, Any]:
+        """What Hugging Face's libraries want to know beside `tokenizer.json`, for the `tokenizer_config.json` there."""
+        name = self._inner.id_to_token
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": self.context_length,
+            "bos_token": None if self.sot_id is None else name(self.sot_id),
+            "eos_token": name(self.eot_id),
+            "pad_token": name(self.pad_id),
+            CLEAN_KEY: self.clean,
+        }
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `tokenizer.json`, whole or not at all; other libraries read it, but do not clean the text."""
@@ -176,14 +232,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, context_length: int, 
     return Tokenizer(inner, context_length, clean=clean)
 
 
-def load_tokenizer(path: str | os.PathLike[str], context_length: int | None = None, *, clean: bool = True) -> Tokenizer:
-    """The tokenizer in a file.
+def load_tokenizer(
+    path: str | os.PathLike[str], context_length: int | None = None, *, clean: bool | Clean | None = None
+) -> Tokenizer:
+    """The tokenizer in a file or folder.
 
     Args:
         path: a `tokenizer.json` of ours or of Hugging Face's CLIP, or OpenAI's `bpe_simple_vocab_16e6.txt.gz`, which
-            lies in the open_clip and clip packages.
-        context_length: T; None takes the file's truncation length, or 77 if it has none.
-        clean: whether texts go through `clean_text` first.
+            lies in the open_clip and clip packages; or a model's folder. There, a tokenizer_config.json beside
+            tokenizer.json (or vocab.json and merges.txt) names the special tokens of CLIP's, SigLIP's or BERT's.
+        context_length: T; None takes the file's truncation length, or the folder's, or 77 if it has none.
+        clean: see `Tokenizer`. None: as the folder's owner does, transformers or open_clip; "lower" for a file.
 
     Returns:
         A Tokenizer.
@@ -194,16 +253,60 @@ def load_tokenizer(path: str | os.PathLike[str], context_length: int | None = No
     """
     tokenizers = _library()
     path = Path(path)
+    if path.is_dir():
+        if (path / CONFIG_FILE).is_file():
+            return _from_folder(path, context_length, clean)
+        path = path / "tokenizer.json"
     if not path.is_file():
         raise DataError(f"load_tokenizer: {path} is not a file")
+    clean = "lower" if clean is None else clean
     if path.name.endswith((".txt", ".txt.gz")):
         return Tokenizer(_openai_bpe(path), context_length or CLIP_CONTEXT, clean=clean)
-    try:
-        inner = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises a plain Exception for every fault of the file
-        raise DataError(f"load_tokenizer: {path} is not a whole tokenizer.json: {error}") from error
+    inner = _read(tokenizers, path)
     length = context_length or (inner.truncation or {}).get("max_length", CLIP_CONTEXT)
     return Tokenizer(inner, length, clean=clean)
+
+
+def _read(tokenizers: Any, path: Path) -> Any:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises a plain Exception for every fault of the file
+        raise DataError(f"load_tokenizer: {path} is not a whole tokenizer.json: {error}") from error
+
+
+def _from_folder(folder: Path, context_length: int | None, clean: bool | Clean | None) -> Tokenizer:
+    """The tokenizer of a folder with a tokenizer_config.json, special tokens and cleaning as its owner has them."""
+    config = {**_json(folder / "special_tokens_map.json"), **_json(folder / CONFIG_FILE)}
+
+    def named(*keys: str) -> str | None:
+        found = next((config[key] for key in keys if config.get(key)), None)
+        return found["content"] if isinstance(found, dict) else found
+
+    end = named("eos_token", "sep_token")
+    if end is None:
+        raise DataError(f"load_tokenizer: {folder / CONFIG_FILE} names neither an eos_token nor a sep_token")
+    path = folder / "tokenizer.json"
+    inner = _read(_library(), path) if path.is_file() else _transformers_bpe(folder)
+    if clean is None:
+        text = _json(folder / "open_clip_config.json").get("model_cfg", {}).get("text_cfg")
+        if text:  # open_clip cleans in its own way, whatever the tokenizer
+            theirs = (text.get("tokenizer_kwargs") or {}).get("clean", "whitespace")
+        else:
+            theirs = "siglip" if str(config.get("tokenizer_class")).startswith("Siglip") else "none"
+        clean = config.get(CLEAN_KEY, theirs)
+    longest = config.get("model_max_length", CLIP_CONTEXT)
+    length = context_length or (longest if longest < 2**20 else CLIP_CONTEXT)  # 10 ** 30 stands for "any"
+    start = named("bos_token", "cls_token")
+    marks = Marks(start if start in inner.get_vocab() else None, end, named("pad_token") or end)
+    return Tokenizer(inner, length, clean=clean, marks=marks)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The JSON object in the file, or an empty one if there is no file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"load_tokenizer: {path} is not JSON: {error}") from error
 
 
 def _library() -> Any:
@@ -236,6 +339,35 @@ def _openai_bpe(path: Path) -> Any:
         [library.decoders.ByteLevel(), library.decoders.Replace("</w>", " "), library.decoders.Strip(" ", 0, 1)]
     )
     inner.add_special_tokens([START, END])
+    return inner
+
+
+def _transformers_bpe(folder: Path) -> Any:
+    """What transformers' CLIPTokenizer makes of vocab.json and merges.txt, for folders without a tokenizer.json."""
+    library = _library()
+    try:
+        model = library.models.BPE.from_file(
+            str(folder / "vocab.json"), str(folder / "merges.txt"), end_of_word_suffix="</w>", unk_token=END_OF_CLIP
+        )
+    except Exception as error:  # the library raises a plain Exception for every fault of the files
+        raise DataError(
+            f"load_tokenizer: {folder} has no tokenizer.json, nor a whole vocab.json and merges.txt: {error}"
+        ) from error
+    inner = library.Tokenizer(model)
+    normalizers, pre_tokenizers = library.normalizers, library.pre_tokenizers
+    inner.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(library.Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = library.Regex(r"<\|startoftext\|>|<\|endoftext\|>|" + CLIP_WORDS)
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    inner.decoder = library.decoders.ByteLevel()
+    start, end = START_OF_CLIP, END_OF_CLIP
+    inner.add_special_tokens([start, end])
+    inner.post_processor = library.processors.RobertaProcessing(
+        (end, inner.token_to_id(end)), (start, inner.token_to_id(start)), False, False
+    )
     return inner
 
 
