@@ -9,7 +9,8 @@ namespace vlmfast {
 #if defined(VLMFAST_X86)
 namespace avx512 {
 extern const Kernels table;
-}
+extern const Bytes bytes;
+}  // namespace avx512
 namespace avx2 {
 extern const Kernels table;
 }
@@ -24,14 +25,21 @@ extern const Kernels table;
 }
 
 struct Available {
-  const Kernels* tables[4] = {};
-  const char* names[5] = {};
+  const Kernels* tables[5] = {};
+  const char* names[6] = {};
+#if defined(VLMFAST_X86)
+  Kernels vnni = avx512::table;
+#endif
   Available() {
     int n = 0;
 #if defined(VLMFAST_X86)
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
+        __builtin_cpu_supports("avx512vl")) {
+      vnni.name = "avx512_vnni";
+      vnni.bytes = &avx512::bytes;
+      if (__builtin_cpu_supports("avx512vnni")) tables[n++] = &vnni;
       tables[n++] = &avx512::table;
+    }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables[n++] = &avx2::table;
 #endif
 #if defined(VLMFAST_ARM)

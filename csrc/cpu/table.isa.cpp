@@ -25,6 +25,7 @@ double flops_of_micro(int64_t, int64_t, const float*, const float*, float*);
 #define VLMFAST_NAME(x) VLMFAST_TEXT(x)
 extern const Kernels table;
 const Kernels table = {VLMFAST_NAME(VLMFAST_ISA),
+                       nullptr,
                        MR,
                        NR,
                        inverse_lengths,

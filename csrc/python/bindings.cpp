@@ -44,6 +44,22 @@ SoftmaxCall softmax_call(const MatrixArg& x, const MatrixArg& y, int64_t D, bool
   return {pair(x, y, D, normalize, threads), side(rows), side(cols), scale, smoothing, form};
 }
 
+// (address, dtype, 8 sizes, 8 strides) of a view of patches, and the addresses of scale and shift.
+using PatchesArg = std::tuple<uintptr_t, int32_t, std::array<int64_t, 8>, std::array<int64_t, 8>, uintptr_t, uintptr_t>;
+
+PatchCall patch_call(const PatchesArg& arg, int64_t H, int64_t lead, int threads) {
+  const auto& [address, dtype, size, stride, scale, shift] = arg;
+  if (dtype != FLOAT32 && dtype != UINT8) throw std::invalid_argument("dtype must be 0 (float32) or 3 (uint8)");
+  PatchCall call = {at<const void>(address), dtype, {},   {},     at<const float>(scale),
+                    at<const float>(shift),  H,     lead, threads};
+  for (int d = 0; d < 8; ++d) {
+    if (size[d] < 1) throw std::invalid_argument("patches must not be empty");
+    call.size[d] = size[d];
+    call.stride[d] = stride[d];
+  }
+  return call;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -103,6 +119,21 @@ PYBIND11_MODULE(_C, m) {
          uintptr_t above, uintptr_t ties) {
         rank_counts(pair(x, y, D, normalize, threads), at<const int64_t>(positives), P, at<int64_t>(above),
                     at<int64_t>(ties));
+      },
+      Unlocked());
+
+  m.def(
+      "patch_embedding_forward",
+      [](const PatchesArg& patches, int64_t H, int64_t lead, int threads, uintptr_t weight, uintptr_t bias,
+         uintptr_t positions, uintptr_t tokens) {
+        patch_embedding_forward(patch_call(patches, H, lead, threads), at<const float>(weight), at<const float>(bias),
+                                at<const float>(positions), at<float>(tokens));
+      },
+      Unlocked());
+  m.def(
+      "patch_embedding_backward",
+      [](const PatchesArg& patches, int64_t H, int64_t lead, int threads, uintptr_t grad, uintptr_t dweight) {
+        patch_embedding_backward(patch_call(patches, H, lead, threads), at<const float>(grad), at<float>(dweight));
       },
       Unlocked());
 

@@ -244,6 +244,67 @@ void halves() {  // bfloat16 and float16 inputs give what their float32 values g
   }
 }
 
+// Images [B, C, H, W] of bytes, or the same as floats, `nhwc` in memory or not; tokens and dL/dweight of patches p x q.
+void patch_embedding(int64_t B, int64_t C, int64_t GH, int64_t GW, int64_t p, int64_t q, int64_t D, int64_t lead,
+                     bool bytes, bool nhwc, bool additions) {
+  const int64_t H = GH * p, W = GW * q, P = GH * GW, K = C * p * q, N = B * P;
+  std::mt19937 generator(7);
+  vector<uint8_t> pixels(size_t(B * C * H * W));
+  for (uint8_t& pixel : pixels) pixel = uint8_t(generator() % 3 ? generator() % 256 : 255);
+  const vector<float> floats(pixels.begin(), pixels.end());
+  const vector<float> weight = random_rows(D, K, 8), grad = random_rows(B * (lead + P), D, 9);
+  const vector<float> bias = random_rows(1, D, 10), positions = random_rows(lead + P, D, 11);
+  vector<float> scale(size_t(C), 0.0f), shift(size_t(C), 0.0f);
+  for (int64_t c = 0; c < C; ++c) scale[c] = 0.01f + 0.002f * float(c), shift[c] = -1.0f - 0.1f * float(c);
+  const int64_t w = nhwc ? C : 1, h = W * w, c = nhwc ? 1 : H * W;
+
+  const auto x = [&](int64_t n, int64_t k) {
+    const int64_t b = n / P, y = n % P / GW * p + k / q % p, column = n % GW * q + k % q, channel = k / (p * q);
+    return double(pixels[b * C * H * W + channel * c + y * h + column * w]) * scale[channel] + shift[channel];
+  };
+  vector<double> tokens(size_t(N * D), 0.0), dweight(size_t(D * K), 0.0);
+  double largest_grad = 0;
+  for (int64_t n = 0; n < N; ++n)
+    for (int64_t d = 0; d < D; ++d) {
+      const double g = grad[((n / P) * (lead + P) + lead + n % P) * D + d];
+      for (int64_t k = 0; k < K; ++k) {
+        tokens[n * D + d] += weight[d * K + k] * x(n, k);
+        dweight[d * K + k] += g * x(n, k);
+      }
+      if (additions) tokens[n * D + d] += double(bias[d]) + positions[(lead + n % P) * D + d];
+    }
+  for (double value : dweight) largest_grad = std::max(largest_grad, std::abs(value));
+
+  vector<float> first_tokens, first_dweight;
+  for (int threads : {1, 2, 5}) {
+    const PatchCall call = {bytes ? static_cast<const void*>(pixels.data()) : floats.data(),
+                            bytes ? UINT8 : FLOAT32,
+                            {B, 1, GH, GW, C, 1, p, q},
+                            {B == 1 ? 0 : C * H * W, 0, p * h, q * w, c, 0, h, w},
+                            scale.data(),
+                            shift.data(),
+                            D,
+                            lead,
+                            threads};
+    vector<float> out(size_t(B * (lead + P) * D), 7.5f), dw(size_t(D * K), NAN);
+    patch_embedding_forward(call, weight.data(), additions ? bias.data() : nullptr,
+                            additions ? positions.data() : nullptr, out.data());
+    patch_embedding_backward(call, grad.data(), dw.data());
+    const double size = 4e-6 * double(K);
+    for (int64_t n = 0; n < N; ++n)
+      for (int64_t d = 0; d < D; ++d) {
+        const double got = out[((n / P) * (lead + P) + lead + n % P) * D + d];
+        check(std::abs(got - tokens[n * D + d]) <= size, "patch tokens", N, D, K);
+      }
+    for (int64_t b = 0; b < B * lead; ++b)
+      for (int64_t d = 0; d < D; ++d) check(out[b * (lead + P) * D + d] == 7.5f, "class token untouched", N, D, K);
+    for (int64_t i = 0; i < D * K; ++i)
+      check(std::abs(dw[i] - dweight[i]) <= 4e-6 * double(N) + 1e-6 * largest_grad, "patch dweight", N, D, K);
+    if (threads == 1) first_tokens = out, first_dweight = dw;
+    check(out == first_tokens && dw == first_dweight, "the same bits on any threads", N, D, K);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -269,6 +330,13 @@ int main() {
     retrieval(100, 203, 9);
     retrieval(200, 600, 150);
     halves();
+    for (bool bytes : {true, false}) {
+      patch_embedding(1, 1, 1, 1, 1, 1, 1, 0, bytes, false, false);
+      patch_embedding(2, 3, 3, 2, 7, 5, 17, 1, bytes, false, true);
+      patch_embedding(3, 3, 5, 7, 4, 4, 33, 1, bytes, true, true);
+      patch_embedding(1, 2, 11, 19, 16, 12, 401, 0, bytes, false, false);  // two tiles, and threads
+      patch_embedding(1, 1, 47, 45, 2, 1, 3, 0, bytes, true, true);        // more patches than one chunk of bytes
+    }
     std::printf("%s: %s\n", *name, failures ? "failed" : "passed");
   }
   check(!force_isa("no such set"), "force_isa refuses", 0, 0, 0);

@@ -12,7 +12,7 @@ namespace vlmfast {
 constexpr int64_t TILE_M = 192, TILE_N = 384;
 constexpr int64_t TILE_LD = TILE_N + 16;  // a stride of 25 cache lines, so that a column of a tile meets every set
 
-enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, UINT8 = 3 };
 
 struct Matrix {
   const void* data;  // [rows, D], contiguous
@@ -78,6 +78,24 @@ void similarity_topk(const Pair& pair, int64_t k, float* values, int64_t* indice
 void rank_counts(const Pair& pair, const int64_t* positives, int64_t P, int64_t* above,  // positives [M, P], -1 none
                  int64_t* ties);
 
+// ---- patch_embedding ----------------------------------------------------------------------------------------------
+// Patch n = (image, position) is a row of K = C t p q pixels x; it counts as x * scale[c] + shift[c]. Images come as a
+// strided view, so that every layout is one: NCHW, NHWC, video, packed patches.
+struct PatchCall {
+  const void* pixels;  // float32 or uint8
+  int32_t dtype;
+  int64_t size[8], stride[8];  // images, grid of 3, channels C, patch of 3; strides in elements
+  const float *scale, *shift;  // [C]
+  int64_t H;                   // features of a token
+  int64_t lead;                // tokens before the patches' own in each image of `tokens`, which are not touched
+  int threads;
+};
+// tokens [images, lead + P, H] = weight [H, K] x + bias [H] + positions [lead + P, H]; the last two may be nullptr.
+void patch_embedding_forward(const PatchCall& call, const float* weight, const float* bias, const float* positions,
+                             float* tokens);
+// dweight [H, K] from grad [images, lead + P, H].
+void patch_embedding_backward(const PatchCall& call, const float* grad, float* dweight);
+
 // ---- the machine --------------------------------------------------------------------------------------------------
 const char* isa();                   // the instruction set in use
 const char* const* isas();           // those that this build has and this processor runs, best first, nullptr-ended
@@ -96,9 +114,32 @@ struct Running {
   double* positive;           // INDEX, OUT: (sum over) positives of z log2(e); IN: their total
 };
 
+// Products of bytes, where the processor has them. A is panels [rows / 8][depth / 4][8 rows][4 of the depth] of pixels;
+// B is one panel [depth / 4][3 digits][16 columns][4 of the depth], whose numbers are `unit` times their digits.
+constexpr int64_t BYTE_ROWS = 8, BYTE_COLUMNS = 16, BYTE_DIGITS = 3;
+constexpr int64_t BYTE_DEPTH = 65536;  // 255 * 127 times it fits int32
+
+struct Bytes {
+  // B from rows of w [rows <= 16, K], a column each, times their channel's scale; `bytes` is scratch, 48 (K + 3). Each
+  // row's sum over channels of shift times its weights is added to `offsets`.
+  void (*weight_digits)(const float* w, int64_t rows, int64_t K, const float* scale, const float* shift,
+                        int64_t per_channel, int8_t* bytes, int8_t* out, float* unit, double* offsets);
+  // B from 16 columns, `columns` of them real, of the rows at grad + at[n]; their sums are added to `sums`.
+  void (*gradient_digits)(const float* grad, const int64_t* at, int64_t rows, int64_t columns, int8_t* out, float* unit,
+                          double* sums);
+  // Group `group` of A's depth from 4 rows x [4, ld] of K bytes, K a multiple of 16.
+  void (*pack_columns)(const uint8_t* x, int64_t ld, int64_t group, int64_t groups, int64_t K, uint8_t* out);
+  // out [8, 16] = A's panel times B.
+  void (*products)(int64_t groups, const uint8_t* a, const int8_t* b, const float* unit, float* out);
+  // out [columns <= 16, rows <= 16], rows `ld` apart, += factor [rows] times the transposed products of two panels.
+  void (*add_products)(int64_t groups, const uint8_t* a, const int8_t* b, const float* unit, const float* factor,
+                       int64_t rows, int64_t columns, float* out, int64_t ld);
+};
+
 struct Kernels {
   const char* name;
-  int64_t mr, nr;  // panel widths
+  const Bytes* bytes;  // nullptr where there is no such instruction
+  int64_t mr, nr;      // panel widths
 
   // out[i] = 1 / max(|x_i|, 1e-12), or 1 for all.
   void (*inverse_lengths)(const Matrix& x, int64_t D, bool normalize, int64_t begin, int64_t end, float* out);
