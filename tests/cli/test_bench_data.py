@@ -4,6 +4,7 @@ import csv
 import json
 
 import pytest
+import torch
 from PIL import Image
 
 from vlmfast import cli
@@ -46,3 +47,29 @@ def test_export_refuses_a_full_folder(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     assert cli.main(["data", "export", "--out", str(tmp_path), "--size", "2"]) == 1
     assert "not empty" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_bench_topk_writes_json_which_bench_report_prints(tmp_path, capsys):
+    words = ["bench", "topk", "--queries", "8", "--items", "64", "--dim", "16", "--k", "3", "--rounds", "2"]
+    assert cli.main([*words, "--seconds", "0", "--json", str(tmp_path / "topk.json")]) == 0
+    assert "recall" in capsys.readouterr().out
+    words = ["bench", "report", str(tmp_path / "topk.json"), "--document", str(tmp_path / "none.md")]
+    assert cli.main(words) == 0
+    printed = capsys.readouterr().out
+    assert "`vlmfast bench topk --threads 1 --queries 8 --items 64 --dim 16 --k 3" in printed
+    assert "| similarity_topk, k = 3, 8 queries | vlmfast | mm-topk |" in printed
+
+
+def test_a_report_of_nothing_is_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("VLMFAST_DEBUG", raising=False)
+    assert cli.main(["bench", "report", str(tmp_path / "none.json")]) == 1
+    assert "there is no file" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", ["loss", "topk"])
+def test_a_missing_gpu_is_said(capsys, monkeypatch, command):
+    monkeypatch.delenv("VLMFAST_DEBUG", raising=False)
+    assert cli.main(["bench", command, "--device", "cuda"]) == 1
+    assert "sees no GPU" in capsys.readouterr().err
