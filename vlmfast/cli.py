@@ -28,6 +28,7 @@ COMMANDS = (
     "doctor",
     "data preview",
     "data export",
+    "convert",
 )
 
 
