@@ -379,10 +379,19 @@ class Gradients:
     float16 has no room for that: there the tile is G, and unit rows are rounded to float16.
     """
 
-    def __init__(self, p: Pair, need_x: bool, need_y: bool, workspace: int) -> None:
-        self.pair, self.need_x, self.need_y = p, need_x, need_y
+    def __init__(
+        self,
+        p: Pair,
+        need_x: bool,
+        need_y: bool,
+        workspace: int,
+        dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
+        factor: Tensor | None = None,
+    ) -> None:
+        """factor: [] float32, of dx and dy; where it is known from the start, dx is done a band of rows at a time."""
+        self.pair, self.need_x, self.need_y, self.dtypes, self.factor = p, need_x, need_y, dtypes, factor
         M, N, _, _ = p.sizes
-        D = p.x.shape[1]
+        D, device = p.x.shape[1], p.x.device
         self.folded = p.gradient != torch.float16
         # The block that fits the workspace: square, but as wide as the matrix is when that is less high.
         numbers = workspace // (4 if p.split else p.gradient.itemsize)
@@ -392,11 +401,19 @@ class Gradients:
         self.height = min(M, max(self.height, numbers // self.width // STEP * STEP))
         planes = 2 if p.split else 1
         self.stride = cdiv(self.width, 16) * 16  # rows start on whole words, however many columns there are
-        self.G = torch.empty(planes, self.height, self.stride, dtype=p.gradient, device=p.x.device)
+        self.G = torch.empty(planes, self.height, self.stride, dtype=p.gradient, device=device)
         self.x_factors = self._factors(p.x, p.x_rows, p.x_inverse)
         self.y_factors = self._factors(p.y, p.y_rows, p.y_inverse)
-        self.dx = torch.empty(M if need_x else 0, D, dtype=torch.float32, device=p.x.device)
-        self.dy = torch.empty(N if need_y else 0, D, dtype=torch.float32, device=p.x.device)
+        # Sums over all blocks: of x, a band of rows has them all as soon as it is through.
+        self.dx = torch.empty((M if factor is None else self.height) if need_x else 0, D, device=device)
+        self.dy = torch.empty(N if need_y else 0, D, device=device)
+        self.banded = need_x and len(self.dx) < M
+        # The interpreter's stores to bfloat16 do not round: there the results are rounded at the end.
+        stored = [torch.float32 if p.constants["UPCAST"] else dtype for dtype in dtypes]
+        self.x_out = self._out(self.dx, M if need_x else 0, stored[0])
+        self.y_out = self._out(self.dy, N if need_y else 0, stored[1])
+        # Dot products of each sum with its row, before the factor: both sides' add up to Σ_ij G_ij cos_ij.
+        self.x_dots, self.y_dots = torch.empty(M, device=device), torch.empty(N, device=device)
 
     def _factors(self, x: Tensor, rows: Tensor, inverse: Tensor) -> tuple[Tensor, ...]:
         """The rows [M, D] that G is multiplied with; two parts of each if G is in two parts."""
@@ -406,6 +423,11 @@ class Gradients:
         if self.folded or not p.normalize:
             return (x.to(p.gradient),)
         return ((x * inverse[:, None]).to(p.gradient),)
+
+    def _out(self, sums: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+        """Where a result goes: into its own sums, if they are all of it and of its dtype."""
+        in_place = len(sums) == rows and dtype == torch.float32
+        return sums if in_place else torch.empty(rows, sums.shape[1], dtype=dtype, device=sums.device)
 
     def blocks(self) -> Iterator[tuple[int, int, int, int]]:
         """The blocks of S, in a fixed order: sums over them are repeatable."""
@@ -426,26 +448,38 @@ class Gradients:
         G = self.G[:, :rows, :columns]
         if self.need_x:
             factors = [y[column : column + columns] for y in self.y_factors]
-            _accumulate(self.dx[row : row + rows], list(G), factors, fresh=column == 0)
+            sums = self.dx[:rows] if self.banded else self.dx[row : row + rows]
+            _accumulate(sums, list(G), factors, fresh=column == 0)
+            if self.banded and column + columns == len(self.pair.y):
+                self._finish("x", sums, row)
         if self.need_y:
             factors = [x[row : row + rows] for x in self.x_factors]
             _accumulate(self.dy[column : column + columns], [g.T for g in G], factors, fresh=row == 0)
 
-    def rows(self, of: str, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(factor * the gradient [M, D] of "x" or "y" in dtype, [M] the dot product of each of its rows with x or y).
+    def results(self, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(dx [M, D], dy [N, D]) in their dtypes, times the factor; [0] for one that is not needed."""
+        self.factor = self.factor if factor is None else factor
+        if self.need_x and not self.banded:
+            self._finish("x", self.dx, 0)
+        if self.need_y:
+            self._finish("y", self.dy, 0)
+        dx = self.x_out.to(self.dtypes[0]) if self.need_x else self.dx.new_empty(0, dtype=self.dtypes[0])
+        dy = self.y_out.to(self.dtypes[1]) if self.need_y else self.dy.new_empty(0, dtype=self.dtypes[1])
+        return dx, dy
 
-        The dots, before the factor, sum to Σ_ij G_ij cos_ij.
-        """
+    def _finish(self, of: str, sums: Tensor, row: int) -> None:
+        """From the finished sums of some rows to gradients of these rows as they came in."""
         p = self.pair
-        sides = {"x": (self.dx, p.x, p.x_inverse, p.x_power), "y": (self.dy, p.y, p.y_inverse, p.y_power)}
-        T, x, inverse, power = sides[of]
-        M, D = x.shape
-        # The interpreter's stores to bfloat16 do not round.
-        dx = torch.empty(M, D, dtype=torch.float32 if p.constants["UPCAST"] else dtype, device=x.device)
-        dots = torch.empty(M, dtype=torch.float32, device=x.device)
+        x, inverse, power, out, dots = {
+            "x": (p.x, p.x_inverse, p.x_power, self.x_out, self.x_dots),
+            "y": (p.y, p.y_inverse, p.y_power, self.y_out, self.y_dots),
+        }[of]
+        here = slice(row, row + len(sums))
         constants: dict[str, Any] = {"FOLDED": self.folded, "NORMALIZE": p.normalize, "BLOCK_M": 32, "BLOCK_K": 64}
-        launch(_to_rows, (cdiv(M, 32),), T, x, inverse, factor, dx, dots, M, D, **constants)
-        return (dx if power is None else dx.mul_(power[:, None])).to(dtype), dots
+        arguments = (sums, x[here], inverse[here], self.factor, out[here], dots[here], *sums.shape)
+        launch(_to_rows, (cdiv(len(sums), 32),), *arguments, **constants)
+        if power is not None:
+            out[here] *= power[here, None]
 
 
 def _accumulate(out: Tensor, left: list[Tensor], right: list[Tensor], fresh: bool) -> None:

@@ -60,17 +60,15 @@ def _sum(
 
     dx, dy = torch.empty(0, device=device), torch.empty(0, device=device)
     if gradients:
-        one = torch.ones((), device=device)
         # Each active hinge holds its positive as well; dx and dy are gradients of unit rows, or those over the length.
         x_turn, y_turn = active * p.x_inverse, active * p.y_inverse
         if gradients.folded:
             x_turn, y_turn = x_turn * p.y_inverse, y_turn * p.x_inverse
         if need_x:
             gradients.dx -= y_turn[:, None] * p.y
-            dx, _ = gradients.rows("x", one, torch.float32)
         if need_y:
             gradients.dy -= x_turn[:, None] * p.x
-            dy, _ = gradients.rows("y", one, torch.float32)
+        dx, dy = gradients.results(torch.ones((), device=device))
     return loss.float(), dx, dy
 
 

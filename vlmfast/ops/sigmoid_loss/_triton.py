@@ -29,9 +29,10 @@ def forward(
     """(loss [], dx [B, D] float32, dy, dscale [], dbias []) for an incoming gradient of 1; [0] for one not needed."""
     p = _tiles.pair(x, y, normalize, precision, kind="sigmoid")
     B = len(x)
-    gradients = _tiles.Gradients(p, need_x, need_y, workspace) if need_x or need_y else None
-    G = gradients.workspace if gradients else (logit_scale, 0, 0)  # never written then, but an address is needed
     unit = 4096.0 if p.gradient == torch.float16 else 1.0  # sigmoids down to 1e-9 fit float16
+    factor = logit_scale.float() / (B * unit)
+    gradients = _tiles.Gradients(p, need_x, need_y, workspace, factor=factor) if need_x or need_y else None
+    G = gradients.workspace if gradients else (logit_scale, 0, 0)  # never written then, but an address is needed
     constants = {
         "GRADIENT": gradients is not None,
         "SCALARS": need_scalars,
@@ -49,11 +50,9 @@ def forward(
         if gradients:
             gradients.add(*block)
 
-    dx, dy = torch.empty(0, device=x.device), torch.empty(0, device=x.device)
-    if gradients:
-        factor = logit_scale.float() / (B * unit)
-        dx = gradients.rows("x", factor, torch.float32)[0] if need_x else dx
-        dy = gradients.rows("y", factor, torch.float32)[0] if need_y else dy
+    dx, dy = (
+        gradients.results() if gradients else (x.new_empty(0, dtype=torch.float32), y.new_empty(0, dtype=torch.float32))
+    )
     loss, dscale, dbias = (value.clone() for value in (sums / B).float())
     return loss, dx, dy, dscale, dbias
 

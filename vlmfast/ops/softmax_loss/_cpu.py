@@ -91,7 +91,7 @@ def backward(
 def _kept_shape(x: Tensor, y: Tensor, keep: int) -> tuple[int, ...]:
     """That of S [M, N] where it is no larger than the embeddings: 6 MND flops instead of 8, and memory is linear."""
     M, N, D = len(x), len(y), x.shape[1]
-    return (M, N) if M * N <= (M + N) * D and 4 * M * N <= keep else (0,)
+    return (M, N) if M * N <= (M + N) * D and keep >= 4 * M * N else (0,)
 
 
 def _compact(row_ids: Tensor, col_ids: Tensor, form: str) -> tuple[Tensor, Tensor]:

@@ -84,14 +84,15 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """(dx [M, D] in x's dtype, dy [N, D] in y's, dscale []); an embedding gradient that is not needed is [0]."""
     p = _tiles.pair(x, y, normalize, precision, kind="softmax" if form == "index" else "positives")
-    # The gradient of the scale is a by-product of either embedding's.
-    gradients = _tiles.Gradients(p, need_x or not need_y, need_y, workspace)
     factor = grad.float()
     if p.gradient == torch.float16:  # weights near 1 / N would leave its range: the largest becomes 2^12
         weights = [weight for weight in (row_weight, col_weight) if weight is not None]
         unit = 4096 / torch.stack([weight.amax() for weight in weights]).amax().clamp_min(1e-30)
         row_weight, col_weight = (None if weight is None else weight * unit for weight in (row_weight, col_weight))
         factor = factor / unit
+    # The gradient of the scale is a by-product of either embedding's.
+    dtypes = (x.dtype, y.dtype)
+    gradients = _tiles.Gradients(p, need_x or not need_y, need_y, workspace, dtypes, factor * logit_scale)
     M, N, _, _ = p.sizes
     saved = Kept(p, kept)
     vectors = (
@@ -115,11 +116,8 @@ def backward(
         _tiles.launch(_gradient_tiles, grid, *arguments, config=p.config, **constants)
         gradients.add(*block)
 
-    dx, dy, dots = x.new_empty(0), y.new_empty(0), factor
-    if need_y:
-        dy, dots = gradients.rows("y", factor * logit_scale, y.dtype)
-    if gradients.need_x:
-        dx, dots = gradients.rows("x", factor * logit_scale, x.dtype)
+    dx, dy = gradients.results()
+    dots = gradients.x_dots if gradients.need_x else gradients.y_dots
     return dx if need_x else x.new_empty(0), dy, factor * dots.sum()
 
 
