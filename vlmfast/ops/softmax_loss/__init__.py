@@ -189,7 +189,8 @@ def _limited(op: str, precision: str | None, max_workspace: int | None, *inputs:
     """(precision, bytes that the forward may keep for the backward, bytes of the backward's own)."""
     chosen, most = _limits.precision(op, precision), _limits.workspace(op, max_workspace)
     x, y, _ = inputs
-    own = min(most, _limits.MAX_WORKSPACE, 4 * x.shape[0] * y.shape[0])
+    whole = x.shape[0] * y.shape[0] * max(x.element_size(), y.element_size())
+    own = min(most, _limits.MAX_WORKSPACE, whole)
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     # A compiler plans with sizes that it knows: what is kept depends on the backend.
     return chosen, most - own if wanted and not torch.compiler.is_compiling() else 0, own
