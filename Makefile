@@ -56,7 +56,7 @@ $(VENV)/.triton: $(VENV)/.pinned
 	touch $@
 
 test-interpret: $(VENV)/.native $(VENV)/.triton ## the values and gradients of the Triton kernels, without a GPU
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 VLMFAST_REQUIRE=triton $(BIN)/python -m pytest tests/ops tests/bench/test_tune.py -k triton
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 VLMFAST_REQUIRE=triton $(BIN)/python -m pytest -n 2 tests/ops tests/bench/test_tune.py -k triton
 
 compile-gates: $(VENV)/.triton ## the Triton kernels compile for each kind of GPU, spill nothing, use the matrix unit
 	$(BIN)/python benchmarks/compile_gates.py
