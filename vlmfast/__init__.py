@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vlmfast.backend import use_backend
     from vlmfast.losses import ClipLoss, InfoNceLoss, SigLipLoss, VseLoss
     from vlmfast.ops import available_backends
+    from vlmfast.ops.attention import attention
     from vlmfast.ops.hinge_loss import vse_loss
     from vlmfast.ops.sigmoid_loss import siglip_loss
     from vlmfast.ops.similarity import normalized_similarity, rank_counts, similarity_topk
@@ -25,6 +26,7 @@ __all__ = [
     "SigLipLoss",
     "VseLoss",
     "__version__",
+    "attention",
     "available_backends",
     "backend",
     "clip_loss",
@@ -42,6 +44,7 @@ _HOMES = {
     "vlmfast.backend": ("use_backend",),
     "vlmfast.losses": ("ClipLoss", "InfoNceLoss", "SigLipLoss", "VseLoss"),
     "vlmfast.ops": ("available_backends",),
+    "vlmfast.ops.attention": ("attention",),
     "vlmfast.ops.hinge_loss": ("vse_loss",),
     "vlmfast.ops.sigmoid_loss": ("siglip_loss",),
     "vlmfast.ops.similarity": ("normalized_similarity", "rank_counts", "similarity_topk"),
