@@ -4,6 +4,7 @@ from vlmfast.layers.attention import Attention
 from vlmfast.layers.embed import PatchEmbedding
 from vlmfast.layers.mlp import ACTIVATIONS, Mlp, quick_gelu
 from vlmfast.layers.norm import LayerNorm
+from vlmfast.layers.packing import Packing, pack
 from vlmfast.layers.transformer import Block, LayerScale, Transformer
 
 __all__ = [
@@ -13,7 +14,9 @@ __all__ = [
     "LayerNorm",
     "LayerScale",
     "Mlp",
+    "Packing",
     "PatchEmbedding",
     "Transformer",
+    "pack",
     "quick_gelu",
 ]

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmfast.errors import ShapeError
+from vlmfast.ops.attention import attention
 
 
 class Attention(nn.Module):
@@ -18,8 +19,9 @@ class Attention(nn.Module):
         width: C, features of a token.
         heads: H, which divides C.
         causal: whether token t sees only tokens 0 .. t.
-        x: [B, T, C] floating.
-    Returns: [B, T, C].
+        x: [B, T, C] floating; or packed sequences [tokens, C], with
+        cu_seqlens, max_seqlen: of `vlmfast.attention`.
+    Returns: the shape of x.
     Raises:
         ShapeError: heads does not divide width.
     Source: Vaswani et al. 2017, section 3.2. Initialised like nn.MultiheadAttention.
@@ -37,11 +39,15 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # [B, T, 3C]
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, T, K]
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # [B, H, T, K]
-        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None) -> Tensor:
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1))
+        if cu_seqlens is None:
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, K]
+            mixed = attention(q, k, v, causal=self.causal).transpose(1, 2)
+        else:
+            q, k, v = qkv.unbind(1)  # each [tokens, H, K]
+            mixed = attention(q, k, v, causal=self.causal, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        return self.out_proj(mixed.flatten(-2))
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, causal={self.causal}"

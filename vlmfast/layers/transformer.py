@@ -46,8 +46,9 @@ class Block(nn.Module):
         causal: whether token t sees only tokens 0 .. t.
         eps: of both normalisations.
         layer_scale: what `ls_1` and `ls_2` start at; None: there are none.
-        x: [B, T, C] floating.
-    Returns: [B, T, C].
+        x: [B, T, C] floating; or packed sequences [tokens, C], with
+        cu_seqlens, max_seqlen: of `vlmfast.attention`.
+    Returns: the shape of x.
     """
 
     def __init__(
@@ -69,8 +70,8 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio), activation)
         self.ls_2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.ls_1(self.attn(self.ln_1(x)))
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None) -> Tensor:
+        x = x + self.ls_1(self.attn(self.ln_1(x), cu_seqlens, max_seqlen))
         return x + self.ls_2(self.mlp(self.ln_2(x)))
 
 
@@ -80,8 +81,9 @@ class Transformer(nn.Module):
     Args:
         layers: number of blocks.
         width, heads, mlp_ratio, activation, causal, eps, layer_scale: as for `Block`.
-        x: [B, T, C] floating.
-    Returns: [B, T, C], before any final normalisation.
+        x: [B, T, C] floating; or packed sequences [tokens, C] of any lengths, with
+        cu_seqlens, max_seqlen: of `vlmfast.attention`.
+    Returns: the shape of x, before any final normalisation.
 
     `checkpointing = True` keeps only each block's input for the backward, which runs the block a second time.
     """
@@ -105,10 +107,10 @@ class Transformer(nn.Module):
             for _ in range(layers)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None) -> Tensor:
         for block in self.resblocks:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, cu_seqlens, max_seqlen, use_reentrant=False)
             else:
-                x = block(x)
+                x = block(x, cu_seqlens, max_seqlen)
         return x
