@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmfast.errors import DataError, DTypeError, ShapeError
-from vlmfast.layers import LayerNorm, Transformer
+from vlmfast.layers import LayerNorm, Packing, Transformer, pack
 
 POOLS = ("argmax", "eos", "last", "first")
 
@@ -59,7 +60,13 @@ class TextTower(nn.Module):
         x[arange(B), text.argmax(-1)] @ text_projection
 
     The end-of-text token must therefore have the highest id of its row. CLIP's transformer is causal, so that what
-    comes after that token changes nothing; on the CPU those columns are cut off before anything is computed of them.
+    comes after that token changes nothing: it is never computed. The tokens up to it, of all texts, are packed into one
+    stream, and of the last block's output the end-of-text tokens alone are normalised. Where it is exact (causal, pool
+    "argmax" or "eos"), the attribute `packing` decides:
+        True: texts are packed. A GPU is waited for once, for the number of tokens and the longest text.
+        False: they are not. On the CPU, the columns after the last end-of-text token are cut off all the same.
+        None, the default: as True, unless somebody looks inside and expects [B, T, C] there (a forward hook on the
+            transformer or a part of it), or the call is compiled (each number of tokens would compile anew).
 
     Args:
         config: sizes.
@@ -79,6 +86,7 @@ class TextTower(nn.Module):
         C, eps = config.width, (config.norm_kwargs or {}).get("eps", 1e-5)
         self.text_config = config
         self.context_length, self.vocab_size = config.context_length, config.vocab_size
+        self.packing: bool | None = None
         self.token_embedding = nn.Embedding(config.vocab_size, C)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, C))
         self.transformer = Transformer(
@@ -124,11 +132,27 @@ class TextTower(nn.Module):
     def forward(self, text: Tensor) -> Tensor:
         self._check(text)
         end = self.end(text)
-        if text.device.type == "cpu" and not torch.compiler.is_compiling():
+        on_cpu = text.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_cpu:
             self._check_ids(text)
-            if self.text_config.ends_early:
-                text = text[:, : int(end.max()) + 1]
+        if self._packs() and (packing := pack(end + 1)) is not None:
+            return self.project(self._packed(text, packing))
+        if on_cpu and self.text_config.ends_early:
+            text = text[:, : int(end.max()) + 1]
         return self.project(self.tokens(text)[torch.arange(len(text), device=text.device), end])
+
+    def _packs(self) -> bool:
+        if self.packing is not None or not self.text_config.ends_early:
+            return bool(self.packing) and self.text_config.ends_early
+        looked_at = any(m._forward_hooks or m._forward_pre_hooks for m in self.transformer.modules())
+        return not looked_at and not torch.compiler.is_compiling()
+
+    def _packed(self, text: Tensor, packing: Packing) -> Tensor:
+        """The pooled tokens' features after ln_final [B, C], from the tokens up to them alone."""
+        x = self.token_embedding(text[packing.rows, packing.places])  # [tokens, C]
+        x = x + F.embedding(packing.places, self.positional_embedding)
+        x = self.transformer(x, packing.cu_seqlens, packing.max_seqlen)
+        return self.ln_final(x[packing.last])
 
     def end(self, text: Tensor) -> Tensor:
         """The place [B] int64 of the token that is pooled, for token ids [B, T]."""
