@@ -1,22 +1,25 @@
-"""Compiles every Triton kernel that the ops launch, in every shipped configuration, for GPUs that are not here.
+"""Compiles every Triton kernel that the ops launch, in every shipped tile, for GPUs that are not here.
 
-    python benchmarks/compile_gates.py [sm_80 sm_90 sm_100 gfx942]
+    python benchmarks/compile_gates.py [sm_80 sm_90 sm_100 gfx942] [--markdown | --survey]
 
-Each op runs on tensors without data while its launches are written down; each of them is then compiled. A line a
-kernel: registers a thread, shared memory, pipeline stages. The exit status is 1 if one does not compile, spills, keeps
-a stack, passes the shared memory that a program may have, or computes tiles without the matrix unit. No kernel runs:
-this says nothing about speed.
+Each op runs on tensors without data while its launches are written down; each of them is then compiled, and so is each
+candidate of `vlmfast tune` with the kernels that it is measured for. A line a kernel: registers a thread, shared
+memory, pipeline stages. The exit status is 1 if one does not compile, spills, keeps a stack, passes the shared memory
+that a program may have, or computes tiles without the matrix unit. No kernel runs: this says nothing about speed.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +29,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vlmfast.ops import _tiles
+from vlmfast.ops import _configs, _tiles
+from vlmfast.ops._configs import CANDIDATES, Config
 from vlmfast.ops.hinge_loss import _triton as hinge_loss
 from vlmfast.ops.sigmoid_loss import _triton as sigmoid_loss
 from vlmfast.ops.similarity import _triton as similarity
@@ -53,8 +57,26 @@ TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
+    torch.float64: "fp64",
+    torch.uint8: "u8",
     torch.int64: "i64",
     torch.int32: "i32",
+}
+DOCUMENT = Path(__file__).parent.parent / "docs/backends.md"
+MARKERS = "<!-- compile-gates: begin -->\n", "<!-- compile-gates: end -->"
+# Kernel over tiles -> its column in the document; + with several positives
+COLUMNS = {
+    "_tile_sums": "sums",
+    "_gradient_tiles": "gradient",
+    "_tile_sums+": "sums+",
+    "_gradient_tiles+": "gradient+",
+    "_sigmoid_tiles": "sigmoid",
+    "_hinge_tiles": "hinge",
+    "_hardest_tiles": "hardest",
+    "_best_of_rows": "top k",
+    "_counts_of_rows": "ranks",
+    "_diagonal": "ranks",
+    "_matrix_tiles": "matrix",
 }
 
 
@@ -65,10 +87,10 @@ class Launch(NamedTuple):
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
     divisible: tuple[int, ...]  # arguments known to be multiples of 16
-    config: _tiles.Config | None
+    config: Config | None
 
 
-def describe(kernel: Any, args: tuple, constants: dict[str, Any], config: _tiles.Config | None) -> Launch:
+def describe(kernel: Any, args: tuple, constants: dict[str, Any], config: Config | None) -> Launch:
     """A launch as the compiler sees it: the types that Triton would find at run time."""
     signature, divisible = [], []
     for place, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
@@ -106,7 +128,7 @@ def launches(where: str, call: Callable[[], Any]) -> list[Launch]:
 
 
 def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """(name, call) for every dtype, precision and bucket of D that has kernels or a configuration of its own."""
+    """(name, call) for every dtype, precision and bucket of D that has kernels or a tile of its own."""
     for dtype, precision, D, every in (
         (torch.bfloat16, "bf16x3", 512, True),
         (torch.bfloat16, "bf16x3", 100, False),  # rows do not start on 16 bytes: the kernels without descriptors
@@ -118,43 +140,95 @@ def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
         (torch.float32, "ieee", 512, False),
     ):
         name = f"{TYPES[dtype]} D={D}" + (f" {precision}" if dtype == torch.float32 or precision == "ieee" else "")
-        yield name, lambda dtype=dtype, precision=precision, D=D, every=every: ops(dtype, precision, D, every)
+        kinds = KINDS if every else ONCE
+        yield name, lambda dtype=dtype, precision=precision, D=D, kinds=kinds: ops(dtype, precision, D, kinds)
 
 
-def ops(dtype: torch.dtype, precision: str, D: int, every: bool) -> None:
-    """Forward and backward of the ops, in `every` form or the most used."""
-    _tiles.PRECISION = precision
+def candidates(where: str, survey: bool) -> Iterator[tuple[str, Config, Callable[[], Any]]]:
+    """(kind, tile, call) for each candidate of `vlmfast tune` and each kind it is measured for; in a survey, any."""
+    for tile, listed in CANDIDATES[where].items():
+        for kind in TUNED if survey else listed.split():
+            yield kind, tile, lambda kind=kind: ops(torch.bfloat16, "bf16x3", 512, TUNED[kind])
+
+
+def ops(dtype: torch.dtype, precision: str, D: int, kinds: tuple[Callable[..., None], ...]) -> None:
+    """Forward and backward of some kinds of op on tensors without data."""
     M, N = 4096, 8192
     with torch.device("meta"):
         x, y = torch.empty(M, D, dtype=dtype), torch.empty(N, D, dtype=dtype)
-        positives = torch.empty(M, 2, dtype=torch.int64)
-        scale, ids = torch.empty(()), (torch.empty(M, dtype=torch.int64), torch.empty(N, dtype=torch.int64))
-        rows, cols = torch.empty(M), torch.empty(N)
-    softmax(x, y, scale, ids, rows, cols, every)
-    for need in (True, False) if every else (True,):
-        sigmoid_loss.forward(x, x, scale, scale, True, need, need, need)
-        hinge_loss.forward(x, x, 0.2, False, True, need, need)
-    hinge_loss.forward(x, x, 0.2, True, True, False, False)
-    similarity.forward(x, y, True)
-    for k in (1, 10, 64) if every else (10,):
-        similarity.topk(x, y, k, True)
-    similarity.ranks(x, y, positives, True)
+    for kind in kinds:
+        kind(x, y, precision)
 
 
-def softmax(x, y, scale, ids, rows, cols, every) -> None:
-    """clip_loss; one direction alone; several positives."""
-    forms = [
-        ("index", rows, cols, 0.0),
-        ("index", rows, None, 0.0),
-        ("index", None, cols, 0.1),
-        ("out", rows, cols, 0.1),
-        ("in", rows, cols, 0.0),
-    ]
-    for form, row_weight, col_weight, smoothing in forms if every else forms[:1]:
-        shares = (rows, cols) if form == "out" else (None, None)
-        plan = (x, y, scale, *ids, row_weight, col_weight, *shares, form, smoothing, True)
-        lses = softmax_loss.forward(*plan)[1:]
-        softmax_loss.backward(scale, *plan, *lses, True, True)
+def softmax(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    precision: str,
+    form: str = "index",
+    sides: str = "both",
+    smoothing: float = 0.0,
+    keep: int = 0,
+) -> None:
+    scale, rows, cols = (
+        x.new_empty((), dtype=torch.float32),
+        *(x.new_empty(len(s), dtype=torch.float32) for s in (x, y)),
+    )
+    ids = [x.new_empty(len(side), dtype=torch.int64) for side in (x, y)]
+    shares = (rows, cols) if form == "out" else (None, None)
+    weights = (rows if sides != "columns" else None, cols if sides != "rows" else None)
+    plan = (x, y, scale, *ids, *weights, *shares, form, smoothing, True)
+    saved = softmax_loss.forward(*plan, precision, keep)[1:]
+    softmax_loss.backward(scale, *plan, *saved, True, True, precision, WORKSPACE)
+
+
+def sigmoid(x: torch.Tensor, y: torch.Tensor, precision: str, gradient: bool = True) -> None:
+    scale = x.new_empty((), dtype=torch.float32)
+    sigmoid_loss.forward(x, x, scale, scale, True, gradient, gradient, gradient, precision, WORKSPACE)
+
+
+def hinge(x: torch.Tensor, y: torch.Tensor, precision: str, gradient: bool = True) -> None:
+    hinge_loss.forward(x, x, 0.2, False, True, gradient, gradient, precision, WORKSPACE)
+
+
+def hardest(x: torch.Tensor, y: torch.Tensor, precision: str) -> None:
+    hinge_loss.forward(x, x, 0.2, True, True, False, False, precision, WORKSPACE)
+
+
+def matrix(x: torch.Tensor, y: torch.Tensor, precision: str) -> None:
+    similarity.forward(x, y, True, precision)
+
+
+def topk(x: torch.Tensor, y: torch.Tensor, precision: str, k: int = 10) -> None:
+    similarity.topk(x, y, k, True, precision)
+
+
+def ranks(x: torch.Tensor, y: torch.Tensor, precision: str) -> None:
+    similarity.ranks(x, y, x.new_empty(len(x), 2, dtype=torch.int64), True, precision)
+
+
+WORKSPACE = 2**27
+KEEP = 2**40  # of the softmax's powers: all
+ONCE = (softmax, sigmoid, hinge, hardest, matrix, topk, ranks)
+KINDS = (
+    *ONCE,
+    partial(softmax, keep=KEEP),
+    partial(softmax, sides="rows"),
+    partial(softmax, sides="columns", smoothing=0.1),
+    partial(softmax, form="out", smoothing=0.1),
+    partial(softmax, form="in"),
+    partial(sigmoid, gradient=False),
+    partial(hinge, gradient=False),
+    partial(topk, k=1),
+    partial(topk, k=64),
+)
+# What a candidate is compiled with: the kernels that `vlmfast tune` measures
+TUNED = {
+    "softmax": (softmax,),
+    "sigmoid": (sigmoid,),
+    "hinge": (hinge,),
+    "hardest": (hardest,),
+    "topk": (topk,),
+}
 
 
 class Result(NamedTuple):
@@ -205,42 +279,117 @@ def compiled(launch: Launch, target: Target) -> Result:
     return Result(registers, binary.metadata.shared, faults)
 
 
+class Job(NamedTuple):
+    """One kernel to compile, and why."""
+
+    where: str
+    name: str  # of the call, or "candidate"
+    kind: str
+    launch: Launch
+
+
+def jobs(targets: list[str], fast: bool, only: str, survey: bool) -> list[Job]:
+    """All that is to be compiled; a kernel comes once for each reason."""
+    found = []
+    for where in targets:
+        for name, call in [] if survey else list(calls())[: 1 if fast else None]:
+            found += [Job(where, name, "", launch) for launch in launches(where, call)]
+        for kind, tile, call in candidates(where, survey):
+            with _configs.trying(tile):
+                found += [Job(where, "candidate", kind, launch) for launch in launches(where, call) if launch.config]
+    return [job for job in dict.fromkeys(found) if only in job.launch.kernel.__name__]
+
+
+JOBS: list[Job] = []  # a process that is forked off finds its job here: kernels do not pickle
+
+
+def work(place: int) -> Result:
+    return compiled(JOBS[place].launch, TARGETS[JOBS[place].where])
+
+
+def line(job: Job, result: Result) -> str:
+    """What is printed of a kernel."""
+    constants = {key: value for key, value in job.launch.constants if key not in ("UPCAST", "BLOCK_K", "PRECISION")}
+    shape = job.launch.config or Config(0, 0, 0, 4, 0)
+    return (
+        f"{job.where:7} {job.name:18} {job.launch.kernel.__name__:18} {shape.warps} warps {shape.stages} stages "
+        f"{result.registers:3} registers {result.shared_bytes / 1024:5.0f} KiB {'; '.join(result.faults) or 'ok'} "
+        + "".join(f" {key}={value}" for key, value in constants.items())
+    )
+
+
+def markdown(done: list[tuple[Job, Result]]) -> str:
+    """A row for each tile of each target: the most registers a thread that each kernel needs with it."""
+    columns = list(dict.fromkeys(COLUMNS.values()))
+    rows: dict[tuple[str, str, Config], dict[str, int]] = {}
+    for job, result in done:
+        several = "+" if dict(job.launch.constants).get("FORM", 0) else ""
+        tile, column = job.launch.config, COLUMNS.get(job.launch.kernel.__name__ + several)
+        if tile is None or column is None:
+            continue
+        row = rows.setdefault((job.where, job.name, tile), {"KiB": 0})
+        row[column] = max(row.get(column, 0), result.registers)
+        row["KiB"] = max(row["KiB"], round(result.shared_bytes / 1024))
+    lines = [f"| target | tile, warps, stages | for | KiB | {' | '.join(columns)} |", "|---" * (4 + len(columns)) + "|"]
+    for (where, name, tile), row in rows.items():
+        shape = f"{tile.block_m}×{tile.block_n}×{tile.block_k} {tile.warps} {tile.stages}"
+        cells = " | ".join(str(row.get(column, "")) for column in columns)
+        lines.append(f"| {where} | {shape} | {name} | {row['KiB']} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_markdown(text: str) -> None:
+    """Puts the table between its markers in docs/backends.md."""
+    begin, end = MARKERS
+    document = DOCUMENT.read_text(encoding="utf-8")
+    before, _, rest = document.partition(begin)
+    _, _, after = rest.partition(end)
+    if not after:
+        raise SystemExit(f"{DOCUMENT} has no lines {begin.strip()} and {end}")
+    DOCUMENT.write_text(before + begin + text + end + after, encoding="utf-8")
+
+
+def fits(done: list[tuple[Job, Result]]) -> str:
+    """Of a survey: each candidate, and the kinds of kernel that it fits; a line for _configs.CANDIDATES."""
+    kinds: dict[tuple[str, Config], list[str]] = {}
+    for job, _ in done:
+        assert job.launch.config is not None
+        kinds.setdefault((job.where, job.launch.config), list(TUNED))
+    for job, result in done:
+        found = kinds[job.where, job.launch.config]  # type: ignore[index]
+        if result.faults and job.kind in found:
+            found.remove(job.kind)
+    return "\n".join(f'{where:7} Config{tuple(tile)}: "{" ".join(found)}",' for (where, tile), found in kinds.items())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("targets", nargs="*", default=list(TARGETS), metavar="target")
-    parser.add_argument("--fast", action="store_true", help="bfloat16 alone")
+    parser.add_argument("--fast", action="store_true", help="of the shipped tiles, those of bfloat16 alone")
     parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--markdown", action="store_true", help="write the table of docs/backends.md")
+    parser.add_argument("--survey", action="store_true", help="which kinds of kernel each candidate fits, and no gate")
     options = parser.parse_args()
-    broken = count = 0
+    if options.markdown and (options.fast or options.only or options.survey or set(options.targets) != set(TARGETS)):
+        parser.error("--markdown writes the whole table: leave the other options out")
     start = time.perf_counter()
-    for where in options.targets:
-        done: set[Launch] = set()
-        for name, call in list(calls())[: 1 if options.fast else None]:
-            for launch in launches(where, call):
-                kernel = launch.kernel.__name__
-                if launch in done or options.only not in kernel:
-                    continue
-                done.add(launch)
-                result = compiled(launch, TARGETS[where])
-                constants = dict(launch.constants)
-                flags = "".join(
-                    f" {key}={value}"
-                    for key, value in constants.items()
-                    if key not in ("UPCAST", "BLOCK_K", "PRECISION")
-                )
-                shape = launch.config or _tiles.Config(0, 0, 0, 4, 0)
-                print(
-                    f"{where:7} {name:18} {kernel:18} {shape.warps} warps {shape.stages} stages "
-                    f"{result.registers:3} registers {result.shared_bytes / 1024:5.0f} KiB "
-                    f"{'; '.join(result.faults) or 'ok'} {flags}",
-                    flush=True,
-                )
-                broken += bool(result.faults)
-                count += 1
-    print(
-        f"{count} kernels compiled in {time.perf_counter() - start:.0f} s with Triton {triton.__version__}; "
-        f"{broken} broken"
-    )
+    wanted = jobs(options.targets, options.fast, options.only, options.survey)
+    JOBS[:] = {(job.where, job.launch): job for job in reversed(wanted)}.values()  # each kernel once
+    JOBS.reverse()
+    results = {}
+    with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
+        for job, result in zip(JOBS, pool.imap(work, range(len(JOBS))), strict=True):
+            print(line(job, result), flush=True)
+            results[job.where, job.launch] = result
+    broken = sum(bool(result.faults) for result in results.values())
+    seconds = time.perf_counter() - start
+    print(f"{len(results)} kernels compiled in {seconds:.0f} s with Triton {triton.__version__}; {broken} broken")
+    done = [(job, results[job.where, job.launch]) for job in wanted]
+    if options.survey:
+        print(fits(done))
+        return 0
+    if options.markdown:
+        write_markdown(markdown(done))
     return 1 if broken else 0
 
 
