@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vlmfast.ops import available_backends
     from vlmfast.ops.attention import attention
     from vlmfast.ops.hinge_loss import vse_loss
+    from vlmfast.ops.patch_embedding import interpolate_positions, patch_embed
     from vlmfast.ops.sigmoid_loss import siglip_loss
     from vlmfast.ops.similarity import normalized_similarity, rank_counts, similarity_topk
     from vlmfast.ops.softmax_loss import clip_loss, info_nce_loss
@@ -32,7 +33,9 @@ __all__ = [
     "clip_loss",
     "errors",
     "info_nce_loss",
+    "interpolate_positions",
     "normalized_similarity",
+    "patch_embed",
     "rank_counts",
     "siglip_loss",
     "similarity_topk",
@@ -46,6 +49,7 @@ _HOMES = {
     "vlmfast.ops": ("available_backends",),
     "vlmfast.ops.attention": ("attention",),
     "vlmfast.ops.hinge_loss": ("vse_loss",),
+    "vlmfast.ops.patch_embedding": ("interpolate_positions", "patch_embed"),
     "vlmfast.ops.sigmoid_loss": ("siglip_loss",),
     "vlmfast.ops.similarity": ("normalized_similarity", "rank_counts", "similarity_topk"),
     "vlmfast.ops.softmax_loss": ("clip_loss", "info_nce_loss"),
