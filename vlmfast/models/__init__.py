@@ -3,6 +3,7 @@
 from vlmfast.models.align import Align
 from vlmfast.models.clip import Clip, build_clip
 from vlmfast.models.config import ClipConfig, config_names, load_config
+from vlmfast.models.hidden_states import taps
 from vlmfast.models.resnet import ModifiedResNet
 from vlmfast.models.text import TextConfig, TextTower
 from vlmfast.models.vit import VisionConfig, ViT
@@ -23,5 +24,6 @@ __all__ = [
     "load_clip",
     "load_config",
     "read_checkpoint",
+    "taps",
     "write_checkpoint",
 ]
