@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vlmfast.data.images import check_fit, decode_image, fit_image, load_image, random_box
@@ -105,7 +105,67 @@ def test_what_is_no_image_has_a_reason_and_a_name(data, reason):
     assert caught.value.reason == reason
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_an_image_that_unpacks_to_gigabytes_is_not_unpacked(monkeypatch):
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 1000)
+    for pixels in (1024, 4096):  # Pillow warns of the first and refuses the second
+        with pytest.raises(UnreadableError, match=r"^bomb\.png: too many pixels \(") as caught:
+            load_image(encoded(np.zeros((32, pixels // 32, 3), np.uint8)), where="bomb.png")
+        assert caught.value.reason == "too many pixels"
+    assert load_image(encoded(np.zeros((32, 31, 3), np.uint8))).shape == (3, 32, 31)
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", None)
+    assert load_image(encoded(np.zeros((32, 128, 3), np.uint8))).shape == (3, 32, 128)
+
+
+# To the pixel, what open_clip and transformers make of an image of any shape and mode.
+SHAPES = [(30, 50), (50, 30), (24, 24), (24, 27), (25, 24), (100, 301), (17, 9), (24, 51)]
+
+
+def a_pillow_image(shape, mode="RGB"):
+    noise = np.random.default_rng(shape).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(noise).convert(mode)
+
+
+def file_of(image):
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore")  # another library's
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(("mode", "fit"), [("shortest", "crop"), ("squash", "squash")])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_pixels_are_open_clips(open_clip, shape, mode, fit, interpolation):
+    half = (0.5, 0.5, 0.5)
+    theirs = open_clip.transform.image_transform(
+        24, is_train=False, mean=half, std=half, resize_mode=mode, interpolation=interpolation
+    )
+    for kind in ("RGB", "L"):  # palettes it resizes before it looks up their colours
+        image = a_pillow_image(shape, kind)
+        expected = ((theirs(image) * 0.5 + 0.5) * 255).round().to(torch.uint8)
+        assert torch.equal(load_image(file_of(image), 24, fit, interpolation=interpolation), expected), kind
+
+
+@pytest.mark.filterwarnings("ignore")  # another library's
+@pytest.mark.parametrize("resample", [2, 3], ids=["bilinear", "bicubic"])
+@pytest.mark.parametrize("fit", ["crop_floor", "squash"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_pixels_are_transformers(transformers, shape, fit, resample):
+    if fit == "squash":
+        theirs = transformers.SiglipImageProcessorPil(size={"height": 24, "width": 24}, resample=resample)
+    else:
+        theirs = transformers.CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size=24, resample=resample)
+    interpolation = {2: "bilinear", 3: "bicubic"}[resample]
+    for kind in ("RGB", "L", "P", "1"):
+        image = a_pillow_image(shape, kind)
+        expected = theirs(image, do_rescale=False, do_normalize=False, do_convert_rgb=True, return_tensors="pt")
+        got = load_image(file_of(image), 24, fit, interpolation=interpolation)
+        assert torch.equal(got, expected.pixel_values[0].to(torch.uint8)), kind
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF"])
+@settings(suppress_health_check=[HealthCheck.too_slow])  # the work is Pillow's, between the draws
 @given(st.data())
 def test_damaged_bytes_never_raise_anything_else(kind, data):
     damaged = bytearray(encoded(NOISE[:9, :9], kind))

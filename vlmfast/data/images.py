@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -15,7 +15,8 @@ from vlmfast.data.skips import UnreadableError
 from vlmfast.errors import missing_extra
 
 Image = Any  # PIL.Image.Image; Pillow is imported where it is used
-Fit = Literal["crop", "squash", "random"]
+Fit = Literal["crop", "crop_floor", "squash", "random"]
+Interpolation = Literal["bicubic", "bilinear"]
 
 CROP_AREA = (0.9, 1.0)  # of a random crop, as a share of the image; open_clip's default
 CROP_ASPECT = (3 / 4, 4 / 3)  # width / height of a random crop
@@ -27,6 +28,7 @@ def load_image(
     size: int | None = None,
     fit: Fit = "crop",
     *,
+    interpolation: Interpolation = "bicubic",
     key: tuple[int, ...] = (),
     where: object = "image",
 ) -> Tensor:
@@ -35,9 +37,11 @@ def load_image(
     Args:
         data: the content of a JPEG, PNG, WebP, ... file. Its EXIF orientation is not applied, as in open_clip.
         size: pixels a side; None leaves the image as it is.
-        fit: "crop" resizes the shorter side (bicubic) and takes the middle; "squash" resizes both sides;
-            "random" resizes a random part, 90-100 % of the area, that depends on `key` alone: for training. An image
-            too wide or high for that gives its middle.
+        fit: "crop" resizes the shorter side and takes the middle, to the pixel as open_clip does, and "crop_floor" as
+            transformers does, which halves an odd remainder downwards; "squash" resizes both sides; "random" resizes a
+            random part, 90-100 % of the area, that depends on `key` alone: for training. An image too wide or high for
+            that gives its middle.
+        interpolation: "bicubic" or "bilinear", both over the area that a new pixel covers.
         key: numbers such as (seed, epoch, index).
         where: the file's name, for the error.
 
@@ -45,12 +49,13 @@ def load_image(
         [3, H, W] uint8.
 
     Raises:
-        UnreadableError: "empty file", "not an image", or "corrupt image".
+        UnreadableError: "empty file", "not an image", "corrupt image", or "too many pixels": more than Pillow's own
+            limit, `PIL.Image.MAX_IMAGE_PIXELS`, which guards against files that unpack to gigabytes.
         MissingExtraError: Pillow is not installed.
     """
     image = decode_image(data, where)
     if size is not None:
-        image = fit_image(image, size, fit, key)
+        image = fit_image(image, size, fit, key, interpolation)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
@@ -58,7 +63,8 @@ def decode_image(data: bytes, where: object = "image") -> Image:
     """The RGB Pillow image in `data`, all its pixels decoded.
 
     Raises:
-        UnreadableError: "empty file", "not an image", or "corrupt image".
+        UnreadableError: "empty file", "not an image", "corrupt image", or "too many pixels": more than Pillow's own
+            limit, `PIL.Image.MAX_IMAGE_PIXELS`, which guards against files that unpack to gigabytes.
         MissingExtraError: Pillow is not installed.
     """
     try:
@@ -69,6 +75,9 @@ def decode_image(data: bytes, where: object = "image") -> Image:
         raise UnreadableError("empty file", where)
     try:
         image: Image = PIL.Image.open(io.BytesIO(data))
+        pixels, limit = image.width * image.height, PIL.Image.MAX_IMAGE_PIXELS
+        if limit is not None and pixels > limit:  # Pillow itself only warns of up to twice as many
+            raise PIL.Image.DecompressionBombError(f"{image.width} x {image.height}; at most {limit} are read")
         if image.mode.startswith("I;16"):  # convert("RGB") would clip 16 bits to 255, leaving a white image
             image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode == "P" and "transparency" in image.info:
@@ -76,36 +85,48 @@ def decode_image(data: bytes, where: object = "image") -> Image:
         return image.convert("RGB")
     except PIL.UnidentifiedImageError as error:
         raise UnreadableError("not an image", where, f"starts with {data[:16]!r}") from error
+    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
+        raise UnreadableError("too many pixels", where, str(error)) from error
     except Exception as error:  # Pillow's decoders raise anything on damaged bytes: OSError, SyntaxError, struct.error
         raise UnreadableError("corrupt image", where, str(error)) from error
 
 
-def fit_image(image: Image, size: int, fit: Fit = "crop", key: tuple[int, ...] = ()) -> Image:
-    """The image in size × size pixels, bicubic; `fit` and `key` as in `load_image`.
+def fit_image(
+    image: Image, size: int, fit: Fit = "crop", key: tuple[int, ...] = (), interpolation: Interpolation = "bicubic"
+) -> Image:
+    """The image in size × size pixels; `fit`, `key` and `interpolation` as in `load_image`.
 
-    Source: the rounding is torchvision's Resize, CenterCrop and RandomResizedCrop, so pixels equal open_clip's.
+    Source: the rounding is torchvision's Resize, CenterCrop and RandomResizedCrop, so pixels equal open_clip's; with
+    "crop_floor" and "squash" they equal those of transformers' CLIPImageProcessor and SiglipImageProcessor.
     """
     from PIL.Image import Resampling
+
+    resample = {"bicubic": Resampling.BICUBIC, "bilinear": Resampling.BILINEAR}[interpolation]
 
     check_fit(size, fit)
     width, height = image.size
     if fit == "squash":
-        return image.resize((size, size), Resampling.BICUBIC)
+        return image.resize((size, size), resample)
     if fit == "random":
         box = random_box(width, height, key)
-        return image.crop(box).resize((size, size), Resampling.BICUBIC)
+        return image.crop(box).resize((size, size), resample)
     if width <= height:
         width, height = size, int(size * height / width)
     else:
         width, height = int(size * width / height), size
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return image.resize((width, height), Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    if fit == "crop_floor":
+        left, top = (width - size) // 2, (height - size) // 2
+    else:
+        left, top = round((width - size) / 2), round((height - size) / 2)
+    return image.resize((width, height), resample).crop((left, top, left + size, top + size))
 
 
 def check_fit(size: int | None, fit: Fit) -> None:
     """Raises ValueError for a size below 1, an unknown fit, or a random crop without a size."""
-    if fit not in ("crop", "squash", "random"):
-        raise ValueError(f"image_size and fit: fit must be 'crop', 'squash' or 'random'; got {fit!r}")
+    if fit not in get_args(Fit):
+        raise ValueError(
+            f"image_size and fit: fit must be 'crop', 'squash' or 'random', or 'crop_floor' for transformers' crop; got {fit!r}"
+        )
     if (fit == "random" and size is None) or (size is not None and size < 1):
         raise ValueError(f"image_size and fit: image_size must be at least 1 for fit={fit!r}; got {size}")
 
