@@ -124,9 +124,7 @@ def fit_image(
 def check_fit(size: int | None, fit: Fit) -> None:
     """Raises ValueError for a size below 1, an unknown fit, or a random crop without a size."""
     if fit not in get_args(Fit):
-        raise ValueError(
-            f"image_size and fit: fit must be 'crop', 'squash' or 'random', or 'crop_floor' for transformers' crop; got {fit!r}"
-        )
+        raise ValueError(f"image_size and fit: fit must be 'crop', 'squash' or 'random', or 'crop_floor'; got {fit!r}")
     if (fit == "random" and size is None) or (size is not None and size < 1):
         raise ValueError(f"image_size and fit: image_size must be at least 1 for fit={fit!r}; got {size}")
 
