@@ -42,6 +42,7 @@ LOSSES: list[dict[str, Any]] = [
     *({"loss": "clip", "dim": D, "batch": "4096", "providers": CLIP} | BF16 for D in (512, 768, 1024)),
     *({"loss": "clip", "dim": D, "batch": "16384", "providers": EAGER + ",memeff"} | BF16 for D in (512, 768, 1024)),
     {"loss": "siglip", "dim": 768, "batch": "16384", "providers": EAGER + ",siglip-kernel"} | BF16,
+    {"loss": "clip", "dim": 512, "batch": "8192", "providers": "vlmfast", "dtype": "float32", "precision": "tf32"},
 ]
 SEARCHES: list[dict[str, Any]] = [
     {"queries": 8192, "items": 2**20, "dim": 512, "k": k, "dtype": dtype, "seconds": 1.0}
@@ -305,6 +306,8 @@ def in_another_process(part: str, jobs: dict[int, Any], seconds: float) -> tuple
             status = "no answer in its time"
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        last = answer.with_suffix(".last")
+        status += f", last seen at {last.read_text()!r}" if last.exists() else ""
         lines = answer.read_text().splitlines()
     return {each["job"]: each for each in map(json.loads, lines)}, status
 
@@ -319,6 +322,7 @@ def work(order: str, answer: str, seconds: str) -> None:
         return time.monotonic() > end
 
     def say(line: str) -> None:
+        Path(answer).with_suffix(".last").write_text(line)
         print(f"{end - time.monotonic():6.0f} s left  {line}", file=sys.stderr)
 
     for i, job in read["jobs"]:

@@ -104,7 +104,7 @@ def test_a_table_of_a_processor(results):
     assert text.splitlines()[0] == "`vlmfast bench loss --loss clip --threads 1 --batch 64 --dim 512`"
     assert "| clip_loss | vlmfast | eager-one | of the micro-kernel | extra MiB: vlmfast, eager-one |" in text
     assert "| D = 512, B = 64 | 10.0 | 15.0 (1.50×) | 80 % | 3.0, 30 | 2e-06, 3e-03 |" in text
-    assert "- open_clip did not run at D = 512, 64: No module named 'open_clip'" in text
+    assert "- open_clip did not run at D = 512, B = 64: No module named 'open_clip'" in text
     assert "some.json: Processor of the test, PyTorch 2.99, 2026-01-02, commit 0123456." in text
 
 
@@ -129,6 +129,14 @@ def test_a_part_of_gpu_check_is_a_table_a_kernel_and_dtype(results):
     ]
     assert "| 1 | 1 | 80 % of 1 |" in lines[0]
     assert "driver 580.1" in text
+
+
+def test_who_did_not_run_has_a_line_where_nobody_did(results):
+    nobody = made()
+    nobody.rows = [Row("vlmfast", 64, reason="no kernel"), Row("memeff", 64, reason="no GPU")]
+    text = document.tables(results[1]("some.json", nobody))
+    assert "- vlmfast did not run at D = 512, B = 64: no kernel\n- memeff" in text
+    assert "|" not in text
 
 
 def test_results_of_the_first_schema_are_read(results):

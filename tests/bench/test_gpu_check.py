@@ -117,11 +117,18 @@ def test_when_the_time_is_spent_nothing_starts(in_this_process, tmp_path):
 
 def test_a_process_that_does_not_answer_in_time_is_ended(monkeypatch, tmp_path):
     idle = tmp_path / "idle.py"
-    idle.write_text("import time\ntime.sleep(60)\n")
+    idle.write_text(
+        "import pathlib, sys, time\n"
+        "pathlib.Path(sys.argv[3]).with_suffix('.last').write_text('B=64: slow')\n"
+        "time.sleep(60)\n"
+    )
     monkeypatch.setattr(gpu_check, "GRACE_S", 0.5)
     monkeypatch.setattr(gpu_check, "__file__", str(idle))
     start = time.monotonic()
-    assert gpu_check.in_another_process("loss", {0: {}}, 0.5) == ({}, "no answer in its time")
+    assert gpu_check.in_another_process("loss", {0: {}}, 2.0) == (
+        {},
+        "no answer in its time, last seen at 'B=64: slow'",
+    )
     assert time.monotonic() - start < 30
 
 

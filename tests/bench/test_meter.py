@@ -150,6 +150,13 @@ def test_an_option_that_our_loss_does_not_take_is_said():
     providers.check_options("clip", {"label_smoothing": 0.1})
 
 
+def test_options_reach_our_loss_and_the_result(fake_cuda):
+    result = run(providers="vlmfast", precision="ieee", max_workspace=2**20)
+    assert result.rows[0].loss_error < 1e-6
+    assert (result.config["precision"], result.config["max_workspace"]) == ("ieee", 2**20)
+    assert "precision" in run(providers="vlmfast", precision="fp7").rows[0].reason
+
+
 class Scaled:
     """memeff's module, as far as it is called."""
 

@@ -113,3 +113,15 @@ def test_pairs_are_weakly_matched_unit_rows():
     assert 0.2 < cosines.mean() < 0.4
     assert scale.item() == pytest.approx(1 / 0.07)
     assert all(leaf.requires_grad for leaf in (image, text, scale, bias))
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("out of memory\nadvice", "RuntimeError: out of memory"),
+        ("at 52:14:\n  s = tl.dot(a, b)\nwrong shapes", "RuntimeError: at 52:14: wrong shapes"),
+        ("", "RuntimeError"),
+    ],
+)
+def test_a_failure_is_one_line(message, said):
+    assert providers.first_line(RuntimeError(message)) == said

@@ -188,19 +188,21 @@ def _table(reports: Sequence[Report], batches: Sequence[int] | None) -> str:
     ran = [row for report, batch in lines for row in report.rows if row.batch == batch and row.full_ms]
     everyone = [row.provider for report, batch in lines for row in report.rows if row.batch == batch]
     names = [name for name in dict.fromkeys(everyone) if any(row.provider == name for row in ran)]
+    if not names:
+        return _reasons(lines)
     tera = "gpu" in reports[0].machine
-    letter = "N" if "queries" in reports[0].config else "B"
+    errors = "values, recall" if "queries" in reports[0].config else "loss, gradients"
     header = [_heading(reports[0]), *names, *_rates(None, None, tera, reports[0].peak_of)]
     header += [
         f"extra MiB: {', '.join(names)}",
-        "error of vlmfast: " + ("values, recall" if letter == "N" else "loss, gradients"),
+        f"error of vlmfast: {errors}",
     ]
     text = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for report, batch in lines:
         found = [rows.get((id(report), batch, name)) for name in names]
         ours = rows.get((id(report), batch, "vlmfast"))
         peak = report.peak_gflops.get(str(batch))
-        cells = [f"D = {report.config['dim']}, {letter} = {batch}"]
+        cells = [_point(report, batch)]
         cells += [_time(row) for row in found]
         cells += _rates(ours, peak, tera, report.peak_of).values()
         cells.append(
@@ -212,6 +214,10 @@ def _table(reports: Sequence[Report], batches: Sequence[int] | None) -> str:
         text.append("| " + " | ".join(cells) + " |")
     notes = _reasons(lines)
     return "\n".join(text) + ("\n\n" + notes if notes else "")
+
+
+def _point(report: Report, batch: int) -> str:
+    return f"D = {report.config['dim']}, {'N' if 'queries' in report.config else 'B'} = {batch}"
 
 
 def _time(row: Row | None) -> str:
@@ -255,7 +261,7 @@ def _reasons(lines: Sequence[tuple[Report, int]]) -> str:
     for report, batch in lines:
         for row in report.rows:
             if row.batch == batch and row.reason:
-                found.setdefault((row.provider, row.reason), []).append(f"D = {report.config['dim']}, {batch}")
+                found.setdefault((row.provider, row.reason), []).append(_point(report, batch))
     return "\n".join(f"- {name} did not run at {'; '.join(at)}: {reason}" for (name, reason), at in found.items())
 
 

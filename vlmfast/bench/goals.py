@@ -219,7 +219,8 @@ def measured(folder: Path) -> tuple[dict[Point, Rows], str]:
 def _rows(path: Path) -> Iterator[tuple[Point, Row]]:
     for report in load(path):
         config = report.config
-        if config.get("k", 10) == 10 and config.get("queries", 8192) == 8192:
+        usual = config.get("k", 10) == 10 and config.get("queries", 8192) == 8192
+        if usual and config.get("precision") in (None, "bf16x3") and config.get("max_workspace") is None:
             for row in report.rows:
                 yield (report.kernel, config["dtype"], config["dim"], row.batch), row
 

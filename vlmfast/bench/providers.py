@@ -361,8 +361,10 @@ def _siglip_kernel(module: Any) -> dict[str, LossFn]:
 
 
 def first_line(error: BaseException) -> str:
-    """The kind of the error and the first line of its message."""
-    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+    """The kind of the error and the first line of its message; with the last where the first only leads up to it."""
+    lines = str(error).strip().splitlines()
+    said = lines[:1] + lines[-1:] * (len(lines) > 1 and lines[0].endswith(":"))
+    return ": ".join([type(error).__name__, " ".join(said)]).removesuffix(": ")
 
 
 def _open_clip(loss: LossName) -> dict[str, LossFn]:
