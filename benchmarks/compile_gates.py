@@ -32,6 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from vlmfast.ops import _configs, _tiles
 from vlmfast.ops._configs import CANDIDATES, Config
 from vlmfast.ops.hinge_loss import _triton as hinge_loss
+from vlmfast.ops.patch_embedding import _triton as patches
 from vlmfast.ops.sigmoid_loss import _triton as sigmoid_loss
 from vlmfast.ops.similarity import _triton as similarity
 from vlmfast.ops.softmax_loss import _triton as softmax_loss
@@ -142,6 +143,18 @@ def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
         name = f"{TYPES[dtype]} D={D}" + (f" {precision}" if dtype == torch.float32 or precision == "ieee" else "")
         kinds = KINDS if every else ONCE
         yield name, lambda dtype=dtype, precision=precision, D=D, kinds=kinds: ops(dtype, precision, D, kinds)
+    for pixels, dtype, precision, patch in (
+        (torch.uint8, torch.bfloat16, "bf16x3", (1, 16, 16)),
+        (torch.uint8, torch.bfloat16, "bf16x3", (1, 14, 14)),  # a channel is no whole number of steps
+        (torch.uint8, torch.float16, "bf16x3", (1, 16, 16)),
+        (torch.bfloat16, torch.bfloat16, "bf16x3", (2, 14, 14)),
+        (torch.uint8, torch.float32, "bf16x3", (1, 16, 16)),
+        (torch.float32, torch.float32, "bf16x3", (1, 16, 16)),
+        (torch.uint8, torch.float32, "tf32", (1, 16, 16)),
+        (torch.uint8, torch.float32, "ieee", (1, 16, 16)),
+    ):
+        name = f"{TYPES[pixels]}, {TYPES[dtype]}" + (f" {precision}" if dtype == torch.float32 else "")
+        yield name, partial(patch_embedding, pixels, dtype, precision, patch)
 
 
 def candidates(where: str, survey: bool) -> Iterator[tuple[str, Config, Callable[[], Any]]]:
@@ -204,6 +217,18 @@ def topk(x: torch.Tensor, y: torch.Tensor, precision: str, k: int = 10) -> None:
 
 def ranks(x: torch.Tensor, y: torch.Tensor, precision: str) -> None:
     similarity.ranks(x, y, x.new_empty(len(x), 2, dtype=torch.int64), True, precision)
+
+
+def patch_embedding(pixels: torch.dtype, dtype: torch.dtype, precision: str, patch: tuple[int, int, int]) -> None:
+    """Forward and backward of images of 224 x 224 to tokens."""
+    t, p, q = patch
+    x = torch.empty(64, 3, t, 224, 224, dtype=pixels, device="meta")
+    x = x.unflatten(4, (-1, q)).unflatten(3, (-1, p)).unflatten(2, (-1, t)).permute(0, 2, 4, 6, 1, 3, 5, 7)
+    weight = torch.empty(768, 3, *patch, dtype=dtype, device="meta")
+    positions = torch.empty(1 + x.shape[1:4].numel(), 768, dtype=dtype, device="meta")
+    mean, std = [0.0] * 3, [1.0] * 3
+    tokens = patches.forward(x, weight, None, positions[0], positions, mean, std, precision)
+    patches.backward(tokens, x, weight, mean, std, False, True, precision)
 
 
 WORKSPACE = 2**27

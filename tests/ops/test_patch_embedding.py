@@ -134,6 +134,61 @@ def test_dark_and_bright_images(backend):
     assert_accurate(tokens, exact, size=size, name="tokens")
 
 
+def faulty_forward(fault):
+    """The reference's forward with a fault."""
+    right = reference.forward
+
+    def forward(patches, weight, bias, class_token, positions, mean, std, precision):
+        if fault == "a dropped pixel":
+            patches = patches.clone()
+            patches[..., -1, -1] = 0
+        if fault == "a wrong deviation":
+            std = [*std[:-1], 1.01 * std[-1]]
+        if fault == "a mean in the wrong unit":
+            mean = [mean[0] + 0.5, *mean[1:]]
+        if fault == "positions one off":
+            positions = positions.roll(1, 0)
+        tokens = right(patches, weight, bias, class_token, positions, mean, std, precision)
+        if fault == "a gain":
+            tokens *= 1.01
+        if fault == "an unwritten last token":
+            tokens[-1, -1] = 0
+        return tokens
+
+    return forward
+
+
+def faulty_backward(fault):
+    """The reference's backward with a fault."""
+    right = reference.backward
+
+    def backward(grad, patches, weight, mean, std, *rest):
+        if fault == "a dropped last patch":
+            grad = grad.clone()
+            grad[-1, -1] = 0
+        if fault == "a mean left out":
+            mean = [0.0] * len(mean)
+        dpatches, dweight = right(grad, patches, weight, mean, std, *rest)
+        return dpatches, 1.01 * dweight if fault == "a gradient's gain" else dweight
+
+    return backward
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["a dropped pixel", "a wrong deviation", "a mean in the wrong unit", "positions one off", "a gain",
+     "an unwritten last token", "a dropped last patch", "a mean left out", "a gradient's gain"],
+)  # fmt: skip
+@dtypes
+@pytest.mark.parametrize(("B", "H", "W", "p", "D"), SHAPES[2:])
+def test_a_planted_fault_is_caught(monkeypatch, B, H, W, p, D, dtype, fault):
+    monkeypatch.setattr(reference, "forward", faulty_forward(fault))
+    monkeypatch.setattr(reference, "backward", faulty_backward(fault))
+    leaves = parameters(D, (p, p), 1 + H * W // p**2, dtype=dtype)
+    with use_backend("reference"), pytest.raises(AssertionError, match=r"elements are wrong|share a gain"):
+        check("reference", images(B, H, W), leaves, mean=MEAN, std=STD)
+
+
 # Layouts
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.ops import _tiles
-from vlmfast.ops._configs import Config, target
+from vlmfast.ops._configs import Config
 from vlmfast.ops._tiles import cdiv, tl, triton
 from vlmfast.ops.patch_embedding.reference import empty_tokens, pixel_gradient, write_class_token
 
@@ -121,7 +121,7 @@ class _Call:
 
     def __init__(self, patches: Tensor, weight: Tensor, lead: bool, precision: str) -> None:
         B, T, H, W, C, t, p, q = patches.shape
-        where = target(weight.device)
+        where = _tiles.target(weight.device)
         parts = _parts(patches.dtype, weight.dtype, precision)
         config = CONFIGS[where][2 if parts.dtype == torch.float32 else max(parts.pixel, parts.weight) - 1]
         self.config, self.lead, self.patches = config, lead, B * T * H * W
