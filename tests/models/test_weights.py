@@ -290,6 +290,30 @@ def test_tokenizer_files_come_along(tmp_path):
     assert said["model_cfg"]["text_cfg"]["hf_tokenizer_name"] == "open_clip"  # else open_clip takes OpenAI's
 
 
+@pytest.mark.filterwarnings("ignore")  # another library's
+@pytest.mark.parametrize("image_size", [48, 16, [40, 24]], ids=str)
+def test_another_image_size_is_open_clips(open_clip, image_size, tmp_path):
+    folder = open_clip_folder(ours(CLIP), tmp_path / "ours")
+    theirs = open_clip.create_model(f"local-dir:{folder}", force_image_size=image_size).eval()
+    size = tuple(image_size) if isinstance(image_size, list) else image_size
+    model = load_clip(folder, image_size=size)
+    height, width = model.config.vision_cfg.image_hw
+    image = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    assert_close(model.encode_image(image), theirs.encode_image(image), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [CLIP, RESNET, SIGLIP], ids=["clip", "resnet", "siglip"])
+def test_another_image_size_keeps_what_it_can(config, tmp_path):
+    model = ours(config)
+    folder = open_clip_folder(model, tmp_path / "ours")
+    larger = load_clip(folder, image_size=96)
+    assert larger.encode_image(torch.zeros(1, 3, 96, 96)).shape == (1, config["embed_dim"])
+    same = load_clip(folder, image_size=model.config.vision_cfg.image_size)
+    same_weights(same.state_dict(), model.state_dict())
+    different = {name for name, p in larger.state_dict().items() if p.shape != model.state_dict()[name].shape}
+    assert different == {"visual.attnpool.positional_embedding" if config is RESNET else "visual.positional_embedding"}
+
+
 # Bare files.
 
 

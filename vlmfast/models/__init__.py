@@ -7,7 +7,7 @@ from vlmfast.models.hidden_states import taps
 from vlmfast.models.resnet import ModifiedResNet
 from vlmfast.models.text import TextConfig, TextTower
 from vlmfast.models.vit import VisionConfig, ViT
-from vlmfast.models.weights import Checkpoint, load_clip, read_checkpoint, write_checkpoint
+from vlmfast.models.weights import Checkpoint, load_clip, read_checkpoint, with_image_size, write_checkpoint
 
 __all__ = [
     "Align",
@@ -25,5 +25,6 @@ __all__ = [
     "load_config",
     "read_checkpoint",
     "taps",
+    "with_image_size",
     "write_checkpoint",
 ]

@@ -18,6 +18,7 @@ from vlmfast.models.weights import hf, open_clip, openai
 from vlmfast.models.weights.align import load_align
 from vlmfast.models.weights.files import read_json, read_sharded, read_tensors, write_folder
 from vlmfast.models.weights.table import inward, outward, row
+from vlmfast.ops.patch_embedding import interpolate_positions
 
 Format: TypeAlias = Literal["hf", "open_clip"]
 
@@ -36,6 +37,7 @@ def load_clip(
     path: str | Path,
     config: str | Path | ClipConfig | None = None,
     *,
+    image_size: int | tuple[int, int] | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Clip | Align:
@@ -47,9 +49,12 @@ def load_clip(
             name ("openai/clip-vit-base-patch32") is downloaded first, where no such path exists.
         config: what `load_config` takes, or a config: needed for a bare file of open_clip's, whose tensors do not say
             which activation they need. Where the checkpoint says what the model is, this must say the same.
+        image_size: pixels of a side, or (H, W), that images will have, if not the checkpoint's; not of an ALIGN, which
+            takes its own.
         device: where the model goes.
         dtype: what floating tensors become.
     Raises:
+        ShapeError: images of that size are not whole patches.
         DataError: nothing of the kind at `path`; tensors missing, unknown or of another shape, all listed; a config
             that the checkpoint contradicts, in its activation for example; a file that only running code could read.
         MissingExtraError: an ALIGN, and transformers is not installed.
@@ -58,6 +63,8 @@ def load_clip(
     if _is_align(folder):
         return load_align(folder, dtype).to(device)
     checkpoint = read_checkpoint(path, config)
+    if image_size is not None:
+        checkpoint = with_image_size(checkpoint, image_size)
     with torch.device("meta"):
         model = Clip(checkpoint.config)
     model = model.to_empty(device=device).to(dtype)
@@ -98,6 +105,28 @@ def read_checkpoint(path: str | Path, config: str | Path | ClipConfig | None = N
         table = [row(name) for name in built] if open_clip.has_our_names(weights) else open_clip.rows(chosen, [*built])
         ours = inward(open_clip.plain(weights, chosen), table, built, str(where))
     return Checkpoint(chosen, ours, source, folder if folder.is_dir() else folder.parent)
+
+
+def with_image_size(checkpoint: Checkpoint, image_size: int | tuple[int, int]) -> Checkpoint:
+    """The checkpoint for images of another size: the image tower's positions are interpolated, as open_clip does.
+
+    Args:
+        checkpoint: what `read_checkpoint` returned.
+        image_size: pixels of a side, or (H, W).
+    Raises:
+        ShapeError: such images are not whole patches.
+    """
+    old = checkpoint.config.vision_cfg
+    new = replace(old, image_size=image_size)
+    if isinstance(old.layers, tuple):
+        name, class_token = "visual.attnpool.positional_embedding", True
+        grids = [(vision.image_hw[0] // 32,) * 2 for vision in (old, new)]
+    else:
+        name, class_token = "visual.positional_embedding", old.pool_type != "map"
+        grids = [old.grid, new.grid]
+    positions = interpolate_positions(checkpoint.weights[name], grids[1], old_grid=grids[0], class_token=class_token)
+    weights = {**checkpoint.weights, name: positions}
+    return replace(checkpoint, config=replace(checkpoint.config, vision_cfg=new), weights=weights)
 
 
 def write_checkpoint(
