@@ -53,8 +53,8 @@ def attention(
     CPU the fewer runs of neighbours of one length there are the better: sort sequences by length where order is free.
 
     Args:
-        query, key, value: of one shape, dtype and device; float32, bfloat16, float16 or float64. The last dimension
-            must be contiguous to be read without a copy.
+        query, key, value: of one shape, dtype and device; float32, bfloat16, float16 or float64. Features that
+            are not side by side in memory are copied.
         causal: token t looks at tokens 0 .. t of its sequence, not at all.
         scale: what scores are multiplied with; None: K ** -0.5.
         cu_seqlens: [B + 1] int32, 0 and then where each sequence ends, the last at the number of tokens. A sequence
@@ -73,13 +73,14 @@ def attention(
     """
     _check_arguments(query, key, value, cu_seqlens, max_seqlen)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    backend = _backend(query, cu_seqlens, max_seqlen)
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    backend = _backend(query, cu_seqlens)
     if backend == "sdpa":
         return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)
     return _attention(query, key, value, cu_seqlens, max_seqlen or 0, causal, scale, backend)[0]
 
 
-def _backend(query: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> str:
+def _backend(query: Tensor, cu_seqlens: Tensor | None) -> str:
     """Who runs the call: a key of IMPLS, or "sdpa" for PyTorch's own function."""
     name = select("attention", IMPLS, query.device, query, cu_seqlens)
     forced = forced_backend() is not None

@@ -37,7 +37,7 @@ PLANS: dict[str, dict[int, tuple[tuple[int, Plan], ...]]] = {
             (80, Plan(128, 128, False, Config(128, 64, 0, 8, 2), Config(64, 64, 0, 8, 2))),
             (128, Plan(128, 64, False, Config(128, 64, 0, 8, 2), Config(64, 64, 0, 8, 2))),
         ),
-        4: ((64, Plan(0, 0, False, Config(64, 32, 0, 4, 1), Config(32, 32, 0, 4, 1))),),
+        4: ((64, Plan(0, 0, False, Config(64, 32, 0, 8, 1), Config(32, 32, 0, 4, 1))),),
     },
     "sm_90": {
         2: (
@@ -93,7 +93,9 @@ def forward(
         grid = (cdiv(c.heads, heads), cdiv(c.longest, rows))
         _tiles.launch(_forward_rows, grid, *arguments, config=config, **constants)
     else:
-        config = c.plan.forward._replace(block_m=64, warps=4) if c.packed else c.plan.forward
+        config = c.plan.forward
+        if c.packed and config.block_m == 128:
+            config = config._replace(block_m=64, warps=4)
         grid = (c.heads, cdiv(c.longest, config.block_m))
         _tiles.launch(_forward_blocks, grid, *arguments, config=config, **c.constants(config))
     return out.to(query.dtype), lse
@@ -148,7 +150,7 @@ class _Call:
     ) -> None:
         self.packed = cu_seqlens is not None
         self.causal, self.shape, self.dtype = causal, query.shape, query.dtype
-        if query.stride(-1) != 1 or query.stride() != key.stride() or query.stride() != value.stride():
+        if query.stride() != key.stride() or query.stride() != value.stride():
             query, key, value = (reference.like(x).copy_(x) for x in (query, key, value))
         self.query = query
         if cu_seqlens is None:
