@@ -11,13 +11,18 @@ from vlmfast import _ext, use_backend
 from vlmfast.backend import explain
 from vlmfast.errors import BackendError, DTypeError, ShapeError
 from vlmfast.ops import patch_embedding
-from vlmfast.ops.patch_embedding import IMPLS, _triton, interpolate_positions, patch_embed, reference
+from vlmfast.ops.patch_embedding import IMPLS, _cpu, _triton, interpolate_positions, patch_embed, reference
 from vlmfast.testing import assert_accurate
 
 MEAN, STD = (0.48, 0.45, 0.41), (0.27, 0.26, 0.28)
 # (B, H, W, p, D): one patch | one a pixel | p no multiple of 4, ragged D | grid not square, on a panel | over two tiles
 SHAPES = [(1, 3, 3, 3, 1), (2, 2, 3, 1, 5), (3, 28, 42, 14, 20), (2, 32, 48, 16, 64), (5, 40, 24, 8, 131)]
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _kernels_for_few_pixels_too(monkeypatch):
+    monkeypatch.setattr(_cpu, "FEW", 0)
 
 
 def images(B, H, W, C=3, T=None, dtype=torch.uint8, seed=0):
@@ -424,6 +429,32 @@ def test_every_instruction_set(cpu_backend, isa, dtype):
         check("cpu", images(3, 28, 42, dtype=dtype), leaves, mean=MEAN, std=STD)
     finally:
         _ext.C.force_isa(None)
+
+
+def test_few_pixels_are_left_to_pytorch(cpu_backend, monkeypatch):
+    pixels, leaves = images(3, 28, 42, dtype=torch.float32), parameters(20, (14, 14), 7)
+    monkeypatch.setattr(_cpu, "FEW", pixels.numel() + 1)
+    monkeypatch.setattr(_cpu, "C", type("C", (), {"isa": lambda: "avx2"}))  # has no kernels to call
+    check("cpu", pixels, leaves, mean=MEAN, std=STD)
+    monkeypatch.setattr(_cpu, "FEW", pixels.numel())
+    with pytest.raises(AttributeError, match="patch_embedding_forward"):
+        patch_embed(pixels, leaves[0])
+
+
+def test_an_image_beyond_two_gigabytes(backend, tmp_path):
+    """The second image lies 2^31 bytes behind the first, in a file that is mostly a hole."""
+    if backend == "triton":
+        pytest.skip("the interpreter copies the whole file")
+    pixels, (weight, bias, _, _) = images(2, 28, 42), parameters(20, (14, 14), 7)
+    size = pixels[0].numel()
+    file = torch.from_file(str(tmp_path / "hole"), shared=True, size=2**31 + size, dtype=torch.uint8)
+    far = file.as_strided(pixels.shape, (2**31, *pixels.stride()[1:]))
+    far.copy_(pixels)
+    results = []
+    for x in (pixels, far):
+        tokens = patch_embed(x, weight.requires_grad_(), bias, mean=MEAN, std=STD)
+        results.append((tokens, *torch.autograd.grad(tokens.square().sum(), weight)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 # The Triton kernels' own
