@@ -1,4 +1,4 @@
-"""Readers of image-caption pairs on disk: a folder, a CSV file, webdataset tars.
+"""Readers of image-caption pairs on disk (a folder, a CSV file, webdataset tars), and of images alone.
 
 What cannot be used (a corrupt image, a missing caption, a tar cut short) is skipped and counted: `skipped` has the
 counts by reason, `describe_skipped()` the line to print. Only what makes the whole source useless raises.
@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from vlmfast.data.batch import Sample, permutation, random_int
-from vlmfast.data.images import Fit, check_fit, load_image
+from vlmfast.data.images import Fit, Interpolation, check_fit, load_image
 from vlmfast.data.skips import Skipped, UnreadableError
 from vlmfast.errors import DataError, missing_extra
 
@@ -41,10 +42,10 @@ class _Pair(NamedTuple):
 class _ListedPairs:
     """Pairs whose names are known up front and whose files are read when asked for."""
 
-    def __init__(self, image_size: int | None, fit: Fit) -> None:
+    def __init__(self, image_size: int | None, fit: Fit, interpolation: Interpolation) -> None:
         self._pairs: list[_Pair] = []
         check_fit(image_size, fit)
-        self._image_size, self._fit = image_size, fit
+        self._image_size, self._fit, self._interpolation = image_size, fit, interpolation
         self._skipped = Skipped()
 
     def __len__(self) -> int:
@@ -74,12 +75,14 @@ class _ListedPairs:
         image, caption, id = self._pairs[index]
         try:
             text = _caption(_bytes(caption, "caption") if isinstance(caption, Path) else caption, f"caption of {image}")
-            return Sample(
-                load_image(_bytes(image, "image"), self._image_size, self._fit, key=key, where=image), text, id
-            )
+            return Sample(self._pixels(image, key), text, id)
         except UnreadableError as error:
             self._skipped.add(index, error)
             raise
+
+    def _pixels(self, image: Path, key: tuple[int, ...]) -> Tensor:
+        data = _bytes(image, "image")
+        return load_image(data, self._image_size, self._fit, interpolation=self._interpolation, key=key, where=image)
 
 
 class FolderPairs(_ListedPairs):
@@ -92,21 +95,24 @@ class FolderPairs(_ListedPairs):
     Args:
         root: the folder; images in sub-folders count too, and are named by their path from `root`.
         image_size: pixels a side, or None for images as they are, which must then have one size.
-        fit: "crop", "squash" or "random", see `load_image`.
+        fit, interpolation: how images are brought to that size, see `load_image`.
 
     Raises:
         DataError: no such folder, no image in it, both caption files, or a caption file that cannot be read.
     """
 
-    def __init__(self, root: str | os.PathLike[str], *, image_size: int | None = None, fit: Fit = "crop") -> None:
-        super().__init__(image_size, fit)
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        image_size: int | None = None,
+        fit: Fit = "crop",
+        interpolation: Interpolation = "bicubic",
+    ) -> None:
+        super().__init__(image_size, fit, interpolation)
         self.root = Path(root)
-        if not self.root.is_dir():
-            raise DataError(f"FolderPairs: {self.root} is not a folder")
         files = _files_under(self.root)
-        images = [name for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-        if not images:
-            raise DataError(f"FolderPairs: no image under {self.root} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+        images = _images_among(self.root, files)
         captions = self._caption_file(files)
         texts = {name for name in files if name.endswith(".txt")} if captions is None else set()
         for id, name in enumerate(images):
@@ -150,6 +156,39 @@ class FolderPairs(_ListedPairs):
         return captions
 
 
+class ImageFolder(_ListedPairs):
+    """The images under a folder, in the order of their names; every caption is empty.
+
+    Args:
+        root: the folder; images in sub-folders count too.
+        image_size: pixels a side, or None for images as they are, which must then have one size.
+        fit, interpolation: how images are brought to that size, see `load_image`.
+
+    Raises:
+        DataError: no such folder, or no image in it.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        image_size: int | None = None,
+        fit: Fit = "crop",
+        interpolation: Interpolation = "bicubic",
+    ) -> None:
+        super().__init__(image_size, fit, interpolation)
+        self.root = Path(root)
+        self.names = _images_among(self.root, _files_under(self.root))
+        self._pairs = [_Pair(self.root / name, "", id) for id, name in enumerate(self.names)]
+
+    def _read(self, index: int, key: tuple[int, ...]) -> Sample:
+        try:
+            return Sample(self._pixels(self._pairs[index].image, key), "", index)
+        except UnreadableError as error:
+            self._skipped.add(index, error)
+            raise
+
+
 class CsvPairs(_ListedPairs):
     """The pairs that a CSV file lists, in its order, with open_clip's defaults for the columns.
 
@@ -160,7 +199,7 @@ class CsvPairs(_ListedPairs):
         separator: one character.
         root: folder of relative paths; None is the working directory, as in open_clip.
         image_size: pixels a side, or None for images as they are, which must then have one size.
-        fit: "crop", "squash" or "random", see `load_image`.
+        fit, interpolation: how images are brought to that size, see `load_image`.
 
     Raises:
         DataError: no such file, no such column (the error names those that there are), or no row.
@@ -176,8 +215,9 @@ class CsvPairs(_ListedPairs):
         root: str | os.PathLike[str] | None = None,
         image_size: int | None = None,
         fit: Fit = "crop",
+        interpolation: Interpolation = "bicubic",
     ) -> None:
-        super().__init__(image_size, fit)
+        super().__init__(image_size, fit, interpolation)
         self.path, self._root = Path(path), Path(root or "")
         if not self.path.is_file():
             raise DataError(f"CsvPairs: {self.path} is not a file")
@@ -234,7 +274,7 @@ class WebdatasetPairs:
         urls: paths or URLs, as webdataset takes them: braces ("{00000..00331}.tar"), several joined by "::",
             "pipe:command"; or a list of them.
         image_size: pixels a side, or None for images as they are, which must then have one size.
-        fit: "crop", "squash" or "random", see `load_image`.
+        fit, interpolation: how images are brought to that size, see `load_image`.
         caption_key: suffix of the member with the caption, or "json:field" for a field of the .json member.
         shuffle_buffer: how many encoded samples are held for shuffling.
 
@@ -249,6 +289,7 @@ class WebdatasetPairs:
         *,
         image_size: int | None = None,
         fit: Fit = "crop",
+        interpolation: Interpolation = "bicubic",
         caption_key: str = "txt",
         shuffle_buffer: int = 1000,
     ) -> None:
@@ -262,7 +303,7 @@ class WebdatasetPairs:
             raise DataError(f"WebdatasetPairs: no such tar: {', '.join(absent[:3]) or urls} ({len(absent)} absent)")
         self.caption_key, self.shuffle_buffer = caption_key, shuffle_buffer
         check_fit(image_size, fit)
-        self._image_size, self._fit = image_size, fit
+        self._image_size, self._fit, self._interpolation = image_size, fit, interpolation
         self._skipped = Skipped()
 
     @property
@@ -295,7 +336,14 @@ class WebdatasetPairs:
             if image is None:
                 raise UnreadableError("missing image", where, f"members {[key for key in members if key[0] != '_']}")
             text = self._text(members, where)
-            pixels = load_image(image, self._image_size, self._fit, key=(seed, epoch, index), where=where)
+            pixels = load_image(
+                image,
+                self._image_size,
+                self._fit,
+                interpolation=self._interpolation,
+                key=(seed, epoch, index),
+                where=where,
+            )
             return index, Sample(pixels, text, index)
         except UnreadableError as error:
             self._skipped.add(index, error)
@@ -390,15 +438,25 @@ def _shuffled(stream: Iterator[Any], size: int, seed: int, epoch: int) -> Iterat
 
 def _files_under(root: Path) -> list[str]:
     """Paths from `root` of all files under it, sorted; a folder that cannot be listed raises."""
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder")
 
     def stop(error: OSError) -> None:
-        raise DataError(f"FolderPairs: cannot list {error.filename}: {error.strerror}") from error
+        raise DataError(f"cannot list {error.filename}: {error.strerror}") from error
 
     found = []
     for folder, _, names in os.walk(root, onerror=stop, followlinks=True):
         inside = Path(folder).relative_to(root).as_posix()
         found += names if inside == "." else [f"{inside}/{name}" for name in names]
     return sorted(found)
+
+
+def _images_among(root: Path, files: list[str]) -> list[str]:
+    """The images among the files under `root`, by their suffixes, of which there must be one."""
+    images = [name for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+    if not images:
+        raise DataError(f"no image under {root} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+    return images
 
 
 def _bytes(path: Path, what: str) -> bytes:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlmfast.data import digits, scenes
 from vlmfast.data.batch import Sample, random_bits
-from vlmfast.data.images import Fit
+from vlmfast.data.images import Fit, Interpolation
 from vlmfast.data.pairs import CsvPairs, FolderPairs, WebdatasetPairs
 from vlmfast.data.scenes.samples import read
 from vlmfast.errors import DataError
@@ -45,7 +45,16 @@ class DataFlags:
     """CSV: one character."""
 
 
-def open_pairs(flags: DataFlags, where: str, split: Split, image_size: int, size: int | None = None) -> Any:
+def open_pairs(
+    flags: DataFlags,
+    where: str,
+    split: Split,
+    image_size: int,
+    size: int | None = None,
+    *,
+    fit: Fit | None = None,
+    interpolation: Interpolation = "bicubic",
+) -> Any:
     """The data set that the flags name, as `vlmfast.data.batches` takes it.
 
     Args:
@@ -54,10 +63,12 @@ def open_pairs(flags: DataFlags, where: str, split: Split, image_size: int, size
         split: "train" reads digits and images with small random changes; digits and scenes know "val" and "test".
         image_size: pixels a side, as the model takes them.
         size: how many scenes; default: 100 000 to train, 5 000 else.
+        fit, interpolation: how images on disk are brought to that size, see `load_image`; None: "random" to train, and
+            "crop" else.
     Raises:
         DataError: a path is needed and missing, or what it names cannot be read.
     """
-    fit: Fit = "random" if split == "train" else "crop"
+    fit = fit or ("random" if split == "train" else "crop")
     if flags.dataset_type == "digits":
         if image_size != 8:
             raise DataError(f"the digits are 8 x 8 pixels and the model takes {image_size}; use --model digits")
@@ -69,7 +80,7 @@ def open_pairs(flags: DataFlags, where: str, split: Split, image_size: int, size
         flag = "--train-data" if split == "train" else "--val-data"
         raise DataError(f"--dataset-type {flags.dataset_type} needs {flag} with a path")
     if flags.dataset_type == "folder":
-        return FolderPairs(where, image_size=image_size, fit=fit)
+        return FolderPairs(where, image_size=image_size, fit=fit, interpolation=interpolation)
     if flags.dataset_type == "csv":
         separator = flags.csv_separator.replace("\\t", "\t")  # what a shell makes of '\t'
         if len(separator) != 1:
@@ -81,8 +92,9 @@ def open_pairs(flags: DataFlags, where: str, split: Split, image_size: int, size
             separator=separator,
             image_size=image_size,
             fit=fit,
+            interpolation=interpolation,
         )
-    return WebdatasetPairs(where, image_size=image_size, fit=fit)
+    return WebdatasetPairs(where, image_size=image_size, fit=fit, interpolation=interpolation)
 
 
 def image_side(config: ClipConfig) -> int:
