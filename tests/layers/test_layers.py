@@ -109,3 +109,11 @@ def test_checkpointing_runs_blocks_twice_and_changes_no_gradient():
     again = torch.autograd.grad(stack(x).square().sum(), list(stack.parameters()))
     assert len(runs) == 2 + 4
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_a_class_token_and_positions_are_added():
+    embed = PatchEmbedding(10, 4, (0.5,) * 3, (0.2,) * 3, bias=True).double()
+    image = torch.randint(0, 256, (3, 3, 8, 12), dtype=torch.uint8)
+    class_token, positions = torch.randn(10, dtype=torch.float64), torch.randn(7, 10, dtype=torch.float64)
+    expected = torch.cat([class_token.expand(3, 1, -1), embed(image)], 1) + positions
+    assert_close(embed(image, class_token, positions), expected, **EXACT64)
