@@ -557,6 +557,16 @@ def test_interpolation_keeps_the_grid_it_has():
         interpolate_positions(positions, (5, 5))
 
 
+def test_transformers_embeds_the_same(backend):
+    clip = pytest.importorskip("transformers.models.clip.modeling_clip", reason="transformers is not installed")
+    config = clip.CLIPVisionConfig(hidden_size=32, image_size=32, patch_size=8, num_attention_heads=4)
+    theirs = clip.CLIPVisionEmbeddings(config)
+    pixels = images(2, 48, 16, dtype=torch.float32)  # the grid grows one way and shrinks the other
+    positions = interpolate_positions(theirs.position_embedding.weight, (6, 2), antialias=False)
+    ours = patch_embed(pixels, theirs.patch_embedding.weight, class_token=theirs.class_embedding, positions=positions)
+    torch.testing.assert_close(ours, theirs(pixels, interpolate_pos_encoding=True), rtol=0, atol=1e-5)
+
+
 # Refusals
 
 X, K = torch.zeros(2, 3, 8, 12, dtype=torch.uint8), torch.zeros(5, 3, 4, 4)
