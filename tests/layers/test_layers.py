@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from vlmfast.errors import ShapeError
-from vlmfast.layers import ACTIVATIONS, Attention, LayerNorm, Mlp, PatchEmbedding, Transformer, quick_gelu
+from vlmfast.layers import ACTIVATIONS, Attention, LayerNorm, Mlp, PatchEmbedding, Transformer, pack, quick_gelu
 
 EXACT64 = {"rtol": 1e-12, "atol": 1e-12}  # float64 rounding of a few hundred terms
 
@@ -117,3 +117,47 @@ def test_a_class_token_and_positions_are_added():
     class_token, positions = torch.randn(10, dtype=torch.float64), torch.randn(7, 10, dtype=torch.float64)
     expected = torch.cat([class_token.expand(3, 1, -1), embed(image)], 1) + positions
     assert_close(embed(image, class_token, positions), expected, **EXACT64)
+
+
+def packed_by(lengths, padded):
+    packing = pack(torch.tensor(lengths))
+    return packing, padded[packing.rows, packing.places]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_sequences_are_what_each_is_alone(causal, checkpointing):
+    """Images of different sizes, or texts: the stack gives each sequence what it gives it alone, and its gradients."""
+    stack = Transformer(2, 16, 2, 4.0, "gelu", causal=causal).double()
+    stack.checkpointing = checkpointing
+    lengths = [4, 9, 1, 9, 16]
+    padded = torch.randn(5, 16, 16, dtype=torch.float64, requires_grad=True)
+    packing, x = packed_by(lengths, padded)
+    ours = stack(x, packing.cu_seqlens, packing.max_seqlen)
+    alone = torch.cat([stack(padded[b : b + 1, :length])[0] for b, length in enumerate(lengths)])
+    upstream = torch.randn(sum(lengths), 16, dtype=torch.float64)
+    places = torch.cat(
+        [torch.nonzero(packing.rows == b)[:, 0] for b in range(5)]
+    )  # of the stream, in the batch's order
+    assert_close(ours[places], alone, **EXACT64)
+    leaves = [padded, *stack.parameters()]
+    got = torch.autograd.grad(ours[places], leaves, upstream)
+    expected = torch.autograd.grad(alone, leaves, upstream)
+    for a, b in zip(got, expected, strict=True):
+        assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_packing_says_where_every_token_is():
+    lengths = [3, 1, 5, 3]
+    padded = torch.arange(20).reshape(4, 5)
+    packing, stream = packed_by(lengths, padded)
+    assert packing.cu_seqlens.tolist() == [0, 1, 4, 7, 12]  # short ones first
+    assert packing.cu_seqlens.dtype == torch.int32
+    assert packing.max_seqlen == 5
+    assert stream.tolist() == [5, 0, 1, 2, 15, 16, 17, 10, 11, 12, 13, 14]
+    assert stream[packing.last].tolist() == [2, 5, 14, 17]
+
+
+def test_equal_lengths_are_not_packed():
+    assert pack(torch.tensor([7, 7, 7])) is None
+    assert pack(torch.tensor([7])) is None

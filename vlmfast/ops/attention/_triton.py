@@ -432,7 +432,7 @@ def _backward_whole(
         q0, q1 = _tile(q + base, m, length, row, K, D0, D1, UPCAST)
         k0, k1 = _tile(k + base, m, length, row, K, D0, D1, UPCAST)
         s = _dot(q0, q1, k0, k1, D1, PRECISION) * (scale * LOG2E)
-        sums = tl.load(lse + at + m.to(tl.int64) * H, mask=m < length, other=float("inf"))
+        sums = tl.load(lse + at + m.to(tl.int64) * H, mask=m < length, other=0.0)
         p = tl.where(_looks(m, m, length, CAUSAL), tl.exp2(s - (sums * LOG2E)[:, None]), 0.0)
         g0, g1 = _tile(g + at * K, m, length, H * K, K, D0, D1, UPCAST)
         d0, d1 = _zeros(BLOCK_N, D0, D1)
@@ -503,7 +503,7 @@ def _backward_keys(
         for m0 in range(first, length, BLOCK_M):
             m = m0 + tl.arange(0, BLOCK_M)
             q0, q1 = _tile(q + base, m, length, row, K, D0, D1, UPCAST)
-            sums = tl.load(lse + at + m.to(tl.int64) * H, mask=m < length, other=float("inf"))
+            sums = tl.load(lse + at + m.to(tl.int64) * H, mask=m < length, other=0.0)
             s = _dot(k0, k1, q0, q1, D1, PRECISION) * (scale * LOG2E)  # [BLOCK_N, BLOCK_M]
             p = tl.exp2(s - (sums * LOG2E)[None, :])
             if CAUSAL:
@@ -555,7 +555,7 @@ def _backward_queries(
         g0, g1 = _tile(g + at * K, m, length, H * K, K, D0, D1, UPCAST)
         o0, o1 = _tile(out + at * K, m, length, H * K, K, D0, D1, UPCAST)
         along = _along(o0, o1, g0, g1, D1)
-        sums = tl.load(lse + at + m.to(tl.int64) * H, mask=m < length, other=float("inf")) * LOG2E
+        sums = tl.load(lse + at + m.to(tl.int64) * H, mask=m < length, other=0.0) * LOG2E
         dq0, dq1 = _zeros(BLOCK_M, D0, D1)
         end = length
         if CAUSAL:
