@@ -130,7 +130,9 @@ def pair(x: Tensor, y: Tensor, normalize: bool, precision: str, kind: str) -> Pa
     x_power = y_power = None
     if normalize:
         (x, x_power), (y, y_power) = _shortened(x), _shortened(y)
-    inverses = [inverse_lengths(side) if normalize else torch.ones(len(side), device=x.device) for side in (x, y)]
+    x_inverse, y_inverse = (
+        inverse_lengths(side) if normalize else torch.ones(len(side), device=x.device) for side in (x, y)
+    )
     where = target(x.device)
     dtype = x.dtype if x.dtype == y.dtype else torch.float32
     split = dtype == torch.float32 and precision == "bf16x3"
@@ -139,7 +141,7 @@ def pair(x: Tensor, y: Tensor, normalize: bool, precision: str, kind: str) -> Pa
     aligned = split or not (x.shape[1] * dtype.itemsize % 16 or any(side.data_ptr() % 16 for side in (x, y)))
     tma = where in DESCRIPTORS and aligned
     config = choose(x.device, where, case(kind, dtype, precision, tma, x.shape[1]))
-    rows = [parts(side, config.block_k) if split else side.to(dtype) for side in (x, y)]
+    x_rows, y_rows = (parts(side, config.block_k) if split else side.to(dtype) for side in (x, y))
     constants = {
         "TMA": tma,
         "PARTS": 3 if split else 1,
@@ -149,7 +151,8 @@ def pair(x: Tensor, y: Tensor, normalize: bool, precision: str, kind: str) -> Pa
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
     }
-    return Pair(x, y, *rows, *inverses, x_power, y_power, normalize, split, gradient, config, constants)
+    sides = (x, y, x_rows, y_rows, x_inverse, y_inverse, x_power, y_power)
+    return Pair(*sides, normalize, split, gradient, config, constants)
 
 
 def _shortened(x: Tensor) -> tuple[Tensor, Tensor | None]:

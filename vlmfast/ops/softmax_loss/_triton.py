@@ -52,7 +52,7 @@ def forward(
     _sum_tiles(p, logit_scale, rows, cols, kept, form)
     if label_smoothing > 0:
         rows.mean, cols.mean = _mean_logits(p, logit_scale)
-    loss = torch.cat([side.finish(logit_scale, label_smoothing) for side in (rows, cols)]).sum().float()
+    loss = torch.cat([side.finish(label_smoothing) for side in (rows, cols)]).sum().float()
     if len(kept.data):
         kept.positive.copy_(rows.positive[: len(kept.data)])
     return loss, rows.lse, cols.lse, rows.positive_lse, cols.positive_lse, kept.data
@@ -165,7 +165,7 @@ class _Side:
         self.lse = torch.empty(size, dtype=torch.float64, device=device)
         self.positive_lse = torch.empty(size if form == "in" else 0, dtype=torch.float64, device=device)
 
-    def finish(self, logit_scale: Tensor, label_smoothing: float) -> Tensor:
+    def finish(self, label_smoothing: float) -> Tensor:
         """Fills in the log-sum-exps; parts of sum_i weight_i (lse_i - pull_i), float64, to be added up."""
         count = len(self.lse)
         parts = torch.empty(cdiv(count, 128), dtype=torch.float64, device=self.lse.device)
@@ -173,7 +173,7 @@ class _Side:
             return parts
         share, mean = (self.weight if v is None else v for v in (self.share, self.mean))  # never read if absent
         vectors = (self.state, self.positive, self.weight, share, mean, self.lse, self.positive_lse, parts)
-        constants = {"FORM": _FORMS[self.form], "SMOOTH": self.mean is not None, "BLOCK": 128}
+        constants: dict[str, Any] = {"FORM": _FORMS[self.form], "SMOOTH": self.mean is not None, "BLOCK": 128}
         _tiles.launch(_finish, (len(parts),), *vectors, label_smoothing, count, **constants)
         return parts
 
