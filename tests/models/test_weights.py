@@ -13,7 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from vlmfast.errors import DataError, MissingExtraError
-from vlmfast.models import Align, ClipConfig, build_clip, load_clip, read_checkpoint, write_checkpoint
+from vlmfast.models import (
+    Align,
+    ClipConfig,
+    build_clip,
+    load_clip,
+    load_config,
+    read_checkpoint,
+    write_checkpoint,
+)
 from vlmfast.models.weights import files, hf
 from vlmfast.models.weights.table import outward
 
@@ -37,6 +45,7 @@ SIGLIP = {
         "proj_bias": True,
     },
 }
+BASE = load_config("ViT-B-16-SigLIP").vision_cfg
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
 
@@ -123,8 +132,11 @@ def test_a_hugging_face_folder_gives_its_models_numbers(transformers, kind, tmp_
     for name, states in (("visual", expected.vision_model_output), ("text", expected.text_model_output)):
         for a, b in zip(hidden[name], states.hidden_states, strict=True):
             assert_close(a, b[:, : a.shape[1]], **CLOSE)  # ours ends with the longest text
-    logits = got["logit_scale"] * got["image_features"] @ got["text_features"].T + got.get("logit_bias", 0)
+    logits, by_text = model.get_logits(image, text)
     assert_close(logits, expected.logits_per_image, **CLOSE)
+    assert_close(by_text, expected.logits_per_text, **CLOSE)
+    likely = expected.logits_per_image.sigmoid() if kind == "siglip" else expected.logits_per_image.softmax(1)
+    assert_close(model.probabilities(image, text), likely, **CLOSE)
     if kind == "siglip":
         loss = -torch.nn.functional.logsigmoid(logits * (2 * torch.eye(4) - 1)).sum() / 4
     else:
@@ -250,8 +262,11 @@ def test_what_the_other_library_cannot_build_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"^to hf: transformers' CLIPModel has no place for: a ResNet$"):
         write_checkpoint(source, tmp_path / "hf", "hf")
     source = read_checkpoint(open_clip_folder(ours(SIGLIP), tmp_path / "siglip"), ClipConfig.from_dict(SIGLIP))
-    with pytest.raises(DataError, match=r"^to open_clip: .* timm has none for image_size 32, .*activation gelu_tanh"):
+    with pytest.raises(DataError, match=r"^to open_clip: .* timm has none for image_size 32, .*activation gelu_tanh$"):
         write_checkpoint(source, tmp_path / "open_clip", "open_clip")
+    base = replace(load_config("ViT-B-16-SigLIP"), vision_cfg=replace(BASE, act_kwargs={"approximate": "tanh"}))
+    with pytest.raises(DataError, match=r"activation gelu_tanh; vit_base_patch16_siglip_224 has gelu: name that"):
+        write_checkpoint(replace(source, config=base), tmp_path / "open_clip", "open_clip")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "siglip"]
 
 
@@ -524,3 +539,27 @@ def test_preprocessing_that_is_not_built_is_refused(processor, tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), **processor}))
     with pytest.raises(DataError, match=r"preprocessing is not built here, for images of 32 x 32"):
         load_clip(folder)
+
+
+def test_a_hugging_face_name_is_downloaded(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed", exc_type=ImportError)
+    folder = open_clip_folder(ours(CLIP), tmp_path / "snapshot")
+    asked = []
+
+    def snapshot_download(name, *, allow_patterns):
+        asked.append((name, "*.safetensors" in allow_patterns, "*.bin" in allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    assert read_checkpoint("someone/clip").folder == folder
+    assert asked == [("someone/clip", True, False)]
+
+    def fails(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(hub, "snapshot_download", fails)
+    with pytest.raises(DataError, match=r"someone/clip: there is no such folder here, nor could it be .*no network"):
+        load_clip("someone/clip")
+    with pytest.raises(DataError, match=r"^/someone/clip: there is no such file or folder$"):
+        load_clip("/someone/clip")

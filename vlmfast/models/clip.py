@@ -72,6 +72,31 @@ class Clip(TextTower):
         }
         return features if self.logit_bias is None else {**features, "logit_bias": self.logit_bias}
 
+    def get_logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores of every image with every text: [M, N], and their transpose [N, M], as open_clip's method.
+
+        Args:
+            image: [M, 3, H, W], see `ViT`.
+            text: [N, T], see `TextTower`.
+        """
+        out = self(image, text)
+        logits = out["logit_scale"] * out["image_features"] @ out["text_features"].T
+        logits = logits if self.logit_bias is None else logits + self.logit_bias
+        return logits, logits.T
+
+    def probabilities(self, image: Tensor, text: Tensor) -> Tensor:
+        """How likely each text is each image's: [M, N] in 0..1.
+
+        A model with a logit_bias answers for each pair alone, by the sigmoid of its score, as SigLIP; the others choose
+        among the texts, so that rows sum to 1, as CLIP.
+
+        Args:
+            image: [M, 3, H, W], see `ViT`.
+            text: [N, T], see `TextTower`.
+        """
+        logits, _ = self.get_logits(image, text)
+        return logits.softmax(-1) if self.logit_bias is None else logits.sigmoid()
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keeps only the blocks' inputs for the backward, which then runs each block a second time; not in a ResNet."""
         self.transformer.checkpointing = enable

@@ -142,6 +142,7 @@ def config_file(config: ClipConfig) -> dict[str, Any]:
     # Any other id than 2 is looked for itself, and would not be found in a smaller vocabulary.
     known = CLIP_EOT if text.vocab_size == CLIP_VOCABULARY else ARGMAX_EOT
     shared["text_config"]["eos_token_id"] = text.eos_id if text.pool_type == "eos" else known
+    shared["text_config"]["bos_token_id"] = CLIP_EOT - 1 if text.vocab_size == CLIP_VOCABULARY else None
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -77,20 +77,14 @@ def check_writable(config: ClipConfig) -> None:
     """
     vision = config.vision_cfg
     if vision.pool_type == "map" and trunk_name(vision) is None:
+        others = [trunk_name(replace(vision, act_kwargs=kwargs)) for kwargs in (None, {"approximate": "tanh"})]
+        near = next((name for name in others if name), None)
         raise DataError(
             "to open_clip: it builds SigLIP's image tower by a timm name, and timm has none for "
             f"image_size {vision.image_size}, patch_size {vision.patch_size}, width {vision.width}, "
             f"layers {vision.layers}, activation {config.activation(vision)}"
+            + (f"; {near} has {'gelu' if near == others[0] else 'gelu_tanh'}: name that activation" if near else "")
         )
-
-
-def config_file(config: ClipConfig) -> dict[str, Any]:
-    """What open_clip_config.json holds.
-
-    Args:
-        config: the model.
-    """
-    return config.to_dict()
 
 
 def _depth(config: ClipConfig) -> int:
