@@ -67,7 +67,7 @@ def zero_shot_accuracy(
         batches: pairs of images [B, 3, H, W] and labels [B] int64 in [0, C).
 
     Returns:
-        "acc1", "acc5" (the right class is among the first five; only where C > 5) and "mean_per_class_recall", each in
+        "acc1", "acc5" (the right class is among the first five; only where C >= 5) and "mean_per_class_recall", each in
         [0, 1].
 
     Raises:
@@ -90,7 +90,7 @@ def zero_shot_accuracy(
         )
     _, ranked = similarity_topk(features, classifier, min(5, len(classifier)))
     scores = {"acc1": topk_accuracy(ranked, truth)}
-    if len(classifier) > 5:
+    if len(classifier) >= 5:
         scores["acc5"] = topk_accuracy(ranked, truth, 5)
     return {**scores, "mean_per_class_recall": mean_per_class_recall(ranked[:, 0], truth)}
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from vlmfast.data.tokenize import load_tokenizer
 from vlmfast.models import Checkpoint, read_checkpoint, write_checkpoint
-from vlmfast.recipes.eval import TOKENIZER_FILE
+from vlmfast.recipes.pretrained import TOKENIZER_FILE
 
 
 @dataclass(kw_only=True)

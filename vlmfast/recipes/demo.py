@@ -25,7 +25,8 @@ from vlmfast.ops.similarity import similarity_topk
 from vlmfast.ops.softmax_loss import IMPLS
 from vlmfast.recipes import train
 from vlmfast.recipes.demo_report import Query, Results, Trained, html, show, summary
-from vlmfast.recipes.eval import BATCH, digit_prompts, evaluators, load_run
+from vlmfast.recipes.eval import BATCH, digit_prompts, evaluators
+from vlmfast.recipes.pretrained import load_run
 from vlmfast.train import evaluate, read_metrics
 
 LOSS = "train/contrastive_loss"

@@ -1,110 +1,165 @@
-"""`vlmfast eval`: zero-shot classification and retrieval of a trained run."""
+"""`vlmfast eval`: zero-shot classification and retrieval of any checkpoint, in CLIP_benchmark's form."""
 
 from __future__ import annotations
 
 import json
+import string
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vlmfast.data import digits
-from vlmfast.data.batch import batches
+from vlmfast.data.batch import Batch, batches
+from vlmfast.data.benchmark import Benchmark, is_benchmark, read_benchmark
+from vlmfast.data.images import fit_image
+from vlmfast.data.pairs import WebdatasetPairs
 from vlmfast.data.scenes import Scenes
-from vlmfast.data.tokenize import Tokenizer, load_tokenizer
-from vlmfast.errors import DataError
-from vlmfast.eval.embed import embed_images, embed_texts, evaluating
+from vlmfast.errors import DataError, missing_extra
+from vlmfast.eval.embed import TwoTowers, embed_images, embed_texts, evaluating
 from vlmfast.eval.retrieval import retrieval_metrics
 from vlmfast.eval.zero_shot import zero_shot_accuracy, zero_shot_classifier
-from vlmfast.models import Clip, build_clip, load_config
-from vlmfast.recipes.sources import DataFlags, Split, image_side, open_pairs, pick_device, tell_skipped
-from vlmfast.train import evaluate, latest_checkpoint, load_weights
+from vlmfast.recipes.pretrained import ModelFlags, Pretrained, open_pretrained
+from vlmfast.recipes.progress import counted
+from vlmfast.recipes.sources import DataFlags, Split, open_pairs, tell_skipped
+from vlmfast.train import evaluate
+from vlmfast.train.checkpoint import replace_text
 from vlmfast.train.loop import Evaluator
 
 BATCH = 256  # images embedded at a time
-MODEL_FILE, TOKENIZER_FILE = "open_clip_config.json", "tokenizer.json"  # in a run's folder, beside checkpoints/
+KS = (1, 5, 10)  # of the recalls
+TASKS = {"zero_shot": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}  # CLIP_benchmark's names
+NAME = "{dataset}_{pretrained}_{model}_{language}_{task}.json"  # CLIP_benchmark's
+FIELDS = {"dataset", "pretrained", "pretrained_full_path", "model", "language", "task"}
+
+Tokenizer: TypeAlias = Callable[[list[str]], Tensor]
+Watch: TypeAlias = Callable[[Iterable[Batch]], Iterable[Batch]]  # sees the batches pass
 
 
 @dataclass(kw_only=True)
-class Config(DataFlags):
-    """Scores a run of `vlmfast train`: zero-shot accuracy where the data has classes, and retrieval both ways.
+class Config(DataFlags, ModelFlags):
+    """Scores a model: zero-shot accuracy where the data has classes, and retrieval both ways where it has captions.
 
     For example:
         vlmfast eval --pretrained logs/digits
         vlmfast eval --pretrained logs/digits --split val --json
-        vlmfast eval --pretrained logs/pairs --dataset-type csv --val-data held_out.tsv
+        vlmfast eval --pretrained clip-vit-b32 --dataset-type csv --val-data held_out.tsv --output results
+        vlmfast eval --pretrained clip-vit-b32 --dataset-type webdataset --val-data wds_cifar10 --output results
     """
 
-    pretrained: Path
-    """A run's folder, or one of its checkpoints."""
     val_data: str = ""
-    """Folder, CSV file, tars, or the scenes' level; digits need none."""
+    """Folder, CSV file, tars, or the scenes' level; digits need none. For webdataset also a folder as CLIP_benchmark
+    writes it, with test/nshards.txt, classnames.txt and zeroshot_classification_templates.txt."""
     val_num_samples: int | None = None
     """How many scenes (default: 5 000)."""
     split: Split = "test"
-    """Digits and scenes: train, val or test; captions of test digits come from templates never seen in training."""
-    batch_size: int = BATCH
-    """Images at a time."""
-    device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one."""
+    """Of digits, scenes and CLIP_benchmark's folders; captions of test digits come from templates never seen in
+    training."""
+    output: Path | None = None
+    """Folder for CLIP_benchmark's result files, one a task; or a name with {dataset}, {pretrained}, {model}, {language}
+    and {task} in it, ending in .json."""
+    dataset: str = ""
+    """What the results call the data (default: what kind it is, or its path)."""
+    language: str = "en"
+    """What the results call the language of the captions."""
     json: bool = False
-    """Print one JSON object."""
+    """Print one JSON object: all scores, and the content of the result files."""
 
 
 def run(config: Config) -> None:
-    """Prints the scores.
+    """Prints the scores and writes the result files.
 
     Args:
         config: the flags.
     Raises:
-        DataError: the run or the data is missing or not whole.
+        DataError: the model or the data is missing or not whole, or two result files would have one name.
     """
-    model, tokenizer, checkpoint = load_run(config.pretrained)
-    model = model.to(pick_device(config.device))
-    dataset = open_pairs(config, config.val_data, config.split, image_side(model.config), config.val_num_samples)
-    scores = evaluate(model, evaluators(tokenizer, dataset, config.batch_size))
-    tell_skipped(dataset)
+    if config.output is not None:
+        check_template(config.output)
+    pretrained = open_pretrained(config)
+    dataset = open_data(config, pretrained)
+    how = evaluators(pretrained.tokenizer(config.long_captions), dataset, config.batch_size, _watch(dataset))
+    files = {name: _file(config, pretrained, name) for name in how} if config.output else {}
+    if len(set(files.values())) < len(files):
+        raise DataError(
+            f"--output {config.output}: {len(files)} tasks would be written to one file; put {{task}} in it"
+        )
+    scores = evaluate(pretrained.model, how)
+    tell_skipped(dataset.pairs if isinstance(dataset, BenchmarkData) else dataset)
+    results = {name: _result(config, pretrained, name, scores) for name in how}
+    for name, path in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, json.dumps(results[name]) + "\n")
     if config.json:
-        data = config.val_data or f"{config.dataset_type}/{config.split}"
-        print(json.dumps({"dataset": data, "pretrained": str(checkpoint), "metrics": scores}))
+        whole = {"dataset": _dataset(config), "pretrained": pretrained.source, "model": pretrained.name}
+        print(json.dumps({**whole, "metrics": scores, "results": list(results.values())}))
         return
-    print(checkpoint)
+    print(f"{pretrained.source} ({pretrained.name})")
     for name, value in scores.items():
         print(f"{name:<40} {value:.4f}")
+    for path in files.values():
+        print(path)
 
 
-def load_run(path: Path) -> tuple[Clip, Tokenizer, Path]:
-    """The model with its weights, its tokenizer, and the checkpoint that they came from.
+def open_data(config: Config, pretrained: Pretrained) -> Any:
+    """The data set, its images prepared for the model.
 
     Args:
-        path: a run's folder (its latest checkpoint is taken), or a checkpoint in one.
+        config: the flags.
+        pretrained: the model.
     Raises:
-        DataError: there is no whole checkpoint, model config or tokenizer.
+        DataError: a path is needed and missing, or what it names cannot be read.
     """
-    checkpoint = path if path.name.startswith("step_") else latest_checkpoint(path / "checkpoints")
-    if checkpoint is None:
-        raise DataError(f"{path}: holds no checkpoint; give a run's folder, such as logs/NAME, or a checkpoint in it")
-    folder = checkpoint.parent.parent
-    model = build_clip(load_config(folder / MODEL_FILE), seed=0)
-    load_weights(checkpoint, model)
-    return model, load_tokenizer(folder / TOKENIZER_FILE, model.config.text_cfg.context_length), checkpoint
+    side, fit, interpolation = pretrained.image_size, pretrained.fit, pretrained.interpolation
+    if config.dataset_type == "digits":
+        return _enlarged(digits.digits(config.split), side)
+    how: dict[str, Any] = {"fit": fit, "interpolation": interpolation}
+    if _is_benchmark(config):
+        data = read_benchmark(config.val_data, config.split)
+        key = "cls" if data.kind == "classification" else "txt"
+        return BenchmarkData(data, WebdatasetPairs(data.tars, image_size=side, caption_key=key, **how), config.workers)
+    if config.dataset_type == "webdataset" and config.val_data and Path(config.val_data).is_dir():
+        raise DataError(
+            f"{config.val_data}: is a folder without {config.split}/nshards.txt, as CLIP_benchmark writes it; to read "
+            "its tars as pairs, name them: --val-data 'FOLDER/{00000..00009}.tar'"
+        )
+    return open_pairs(config, config.val_data, config.split, side, config.val_num_samples, **how)
 
 
-def evaluators(tokenizer: Tokenizer, dataset: Any, batch_size: int = BATCH) -> dict[str, Evaluator]:
+@dataclass(frozen=True)
+class BenchmarkData:
+    """A data set of CLIP_benchmark's, and the reader of its tars."""
+
+    benchmark: Benchmark
+    pairs: WebdatasetPairs
+    workers: int = 0
+
+
+def evaluators(
+    tokenizer: Tokenizer, dataset: Any, batch_size: int = BATCH, watch: Watch = iter
+) -> dict[str, Evaluator]:
     """What there is to score on the data set: "retrieval", and "zero_shot" where it has classes.
 
     Args:
         tokenizer: the model's.
-        dataset: what `open_pairs` returned.
+        dataset: what `open_data` or `open_pairs` returned.
         batch_size: images at a time.
+        watch: what the batches go through, to show how far they are.
     """
     if isinstance(dataset, digits.Digits):
         how: dict[str, Any] = {"tokenizer": tokenizer, "scans": dataset}
         return {"zero_shot": partial(digit_accuracy, **how), "retrieval": partial(digit_retrieval, **how)}
-    return {"retrieval": partial(pair_retrieval, tokenizer=tokenizer, dataset=dataset, batch_size=batch_size)}
+    how = {"tokenizer": tokenizer, "batch_size": batch_size, "watch": watch}
+    if isinstance(dataset, BenchmarkData):
+        if dataset.benchmark.kind == "classification":
+            return {"zero_shot": partial(benchmark_accuracy, data=dataset, **how)}
+        return {"retrieval": partial(benchmark_retrieval, data=dataset, **how)}
+    return {"retrieval": partial(pair_retrieval, dataset=dataset, **how)}
 
 
 def digit_prompts(scans: digits.Digits) -> dict[str, list[str]]:
@@ -119,7 +174,7 @@ def digit_prompts(scans: digits.Digits) -> dict[str, list[str]]:
     }
 
 
-def digit_accuracy(model: Clip, tokenizer: Tokenizer, scans: digits.Digits) -> dict[str, float]:
+def digit_accuracy(model: TwoTowers, tokenizer: Tokenizer, scans: digits.Digits) -> dict[str, float]:
     """Zero-shot accuracy on the scans, under CLIP_benchmark's names.
 
     Args:
@@ -132,7 +187,7 @@ def digit_accuracy(model: Clip, tokenizer: Tokenizer, scans: digits.Digits) -> d
     return zero_shot_accuracy(model, classifier, zip(scans.images.split(BATCH), scans.labels.split(BATCH), strict=True))
 
 
-def digit_retrieval(model: Clip, tokenizer: Tokenizer, scans: digits.Digits) -> dict[str, float]:
+def digit_retrieval(model: TwoTowers, tokenizer: Tokenizer, scans: digits.Digits) -> dict[str, float]:
     """Retrieval between every scan and every caption; those of one digit belong together.
 
     Args:
@@ -147,7 +202,9 @@ def digit_retrieval(model: Clip, tokenizer: Tokenizer, scans: digits.Digits) -> 
     return retrieval_metrics(images, texts, image_ids=scans.labels, text_ids=text_ids)
 
 
-def pair_retrieval(model: Clip, tokenizer: Tokenizer, dataset: Any, batch_size: int) -> dict[str, float]:
+def pair_retrieval(
+    model: TwoTowers, tokenizer: Tokenizer, dataset: Any, batch_size: int, watch: Watch = iter
+) -> dict[str, float]:
     """Retrieval over the whole data set; samples with one id belong together.
 
     One id is one image with several captions, which then counts once; among scenes it is one caption of several images.
@@ -157,6 +214,7 @@ def pair_retrieval(model: Clip, tokenizer: Tokenizer, dataset: Any, batch_size: 
         tokenizer: the model's.
         dataset: what `open_pairs` returned.
         batch_size: captions at a time.
+        watch: what the batches go through.
     Raises:
         DataError: not one pair can be read.
     """
@@ -166,7 +224,7 @@ def pair_retrieval(model: Clip, tokenizer: Tokenizer, dataset: Any, batch_size: 
     text_ids: list[int] = []
     seen: set[int] = set()
     with evaluating(model) as device:
-        for batch in batches(dataset, tokenizer, batch_size, seed=0, shuffle=False, epochs=1):
+        for batch in watch(batches(dataset, tokenizer, batch_size, seed=0, shuffle=False, epochs=1)):
             ids = [] if batch.ids is None else batch.ids.tolist()
             texts.append(model.encode_text(batch.text.to(device)).float())
             text_ids += ids
@@ -183,3 +241,157 @@ def pair_retrieval(model: Clip, tokenizer: Tokenizer, dataset: Any, batch_size: 
     return retrieval_metrics(
         torch.cat(images), torch.cat(texts), image_ids=torch.tensor(image_ids), text_ids=torch.tensor(text_ids)
     )
+
+
+def benchmark_accuracy(
+    model: TwoTowers, tokenizer: Tokenizer, data: BenchmarkData, batch_size: int, watch: Watch = iter
+) -> dict[str, float]:
+    """Zero-shot accuracy on a data set of CLIP_benchmark's, under its names.
+
+    Args:
+        model: runs in evaluation mode, without gradients.
+        tokenizer: the model's.
+        data: a classification.
+        batch_size: images at a time.
+        watch: what the batches go through.
+    Raises:
+        DataError: a label is no class's number, or not one image can be read.
+    """
+    prompts = {str(label): texts for label, texts in enumerate(data.benchmark.prompts)}
+    classifier = zero_shot_classifier(model, tokenizer, list(prompts), prompts, batch_size=batch_size)
+    labelled = (
+        (image, torch.tensor([_label(text) for text in texts])) for image, texts in _read(data, batch_size, watch)
+    )
+    return zero_shot_accuracy(model, classifier, labelled)
+
+
+def benchmark_retrieval(
+    model: TwoTowers, tokenizer: Tokenizer, data: BenchmarkData, batch_size: int, watch: Watch = iter
+) -> dict[str, float]:
+    """Retrieval on a data set of CLIP_benchmark's, whose images have several captions each.
+
+    Args:
+        model: runs in evaluation mode, without gradients.
+        tokenizer: the model's.
+        data: a retrieval.
+        batch_size: images at a time.
+        watch: what the batches go through.
+    Raises:
+        DataError: not one image can be read.
+    """
+    captions: list[list[str]] = []  # of each image
+
+    def images() -> Iterator[Tensor]:
+        for image, texts in _read(data, batch_size, watch):
+            captions.extend(text.splitlines() for text in texts)
+            yield image
+
+    image = embed_images(model, images())
+    text = embed_texts(model, tokenizer, [line for lines in captions for line in lines], batch_size)
+    ids = torch.arange(len(captions))
+    owners = ids.repeat_interleave(torch.tensor([len(lines) for lines in captions]))
+    return retrieval_metrics(image, text, image_ids=ids, text_ids=owners, ks=KS)
+
+
+def _is_benchmark(config: Config) -> bool:
+    return config.dataset_type == "webdataset" and is_benchmark(config.val_data, config.split)
+
+
+class _Words:
+    """Stands where `batches` wants a tokenizer, and keeps the last batch's texts as they are."""
+
+    texts: list[str]
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        self.texts = texts
+        return torch.empty(len(texts), 0, dtype=torch.int64)
+
+
+def _read(data: BenchmarkData, batch_size: int, watch: Watch) -> Iterator[tuple[Tensor, list[str]]]:
+    """(images [B, 3, H, W], B texts) of the tars, in their order."""
+    words = _Words()  # tars are put together batch by batch, so that the texts are those of the batch that is here
+    how: dict[str, Any] = {"seed": 0, "shuffle": False, "epochs": 1, "workers": data.workers}
+    for batch in watch(batches(data.pairs, words, batch_size, **how)):
+        yield batch.image, words.texts
+
+
+def _label(text: str) -> int:
+    if not text.isdecimal():
+        raise DataError(f"a label (.cls) must be a number from 0; got {text[:40]!r}")
+    return int(text)
+
+
+def _enlarged(scans: digits.Digits, side: int) -> digits.Digits:
+    """The digits in side x side pixels, bicubic."""
+    if scans.images.shape[-1] == side:
+        return scans
+    try:
+        from PIL.Image import fromarray
+    except ImportError:
+        raise missing_extra("Pillow", "data") from None
+    grey = [fromarray(image[0].numpy()) for image in scans.images]
+    images = torch.from_numpy(np.stack([np.asarray(fit_image(image, side, "squash")) for image in grey]))
+    scans.images = images[:, None].expand(-1, 3, -1, -1)
+    return scans
+
+
+def _watch(dataset: Any) -> Watch:
+    """Tells on standard error how far the batches are."""
+    total = len(dataset) if hasattr(dataset, "__len__") else None
+    what = "images" if isinstance(dataset, BenchmarkData) else "pairs"
+    return lambda stream: counted(stream, what, total)
+
+
+def check_template(output: Path) -> None:
+    """Raises DataError for a result file's name with a field that there is not, or without .json."""
+    if output.suffix != ".json":
+        return
+    try:
+        named = {name for _, name, _, _ in string.Formatter().parse(str(output)) if name is not None}
+    except ValueError as error:
+        raise DataError(f"--output {output}: {error}") from None
+    if named - FIELDS:
+        raise DataError(
+            f"--output {output}: knows {', '.join(sorted(FIELDS))}; got {', '.join(sorted(named - FIELDS))}"
+        )
+
+
+def _file(config: Config, pretrained: Pretrained, name: str) -> Path:
+    """Where a task's results go."""
+    assert config.output is not None
+    template = str(config.output if config.output.suffix == ".json" else config.output / NAME)
+    given = config.pretrained.rstrip("/")
+    return Path(
+        template.format(
+            dataset=_dataset(config).removeprefix("wds/").strip("/").replace("/", "_"),
+            pretrained=Path(given).name,
+            pretrained_full_path=given.replace("/", "_"),
+            model=pretrained.name,
+            language=config.language,
+            task=TASKS[name],
+        )
+    )
+
+
+def _dataset(config: Config) -> str:
+    if config.dataset:
+        return config.dataset
+    if _is_benchmark(config):
+        return f"wds/{Path(config.val_data).resolve().name}"
+    return config.val_data or f"{config.dataset_type}/{config.split}"
+
+
+def _result(config: Config, pretrained: Pretrained, name: str, scores: dict[str, float]) -> dict[str, Any]:
+    """What CLIP_benchmark writes of a task."""
+    metrics = {key.removeprefix(f"{name}/"): value for key, value in scores.items() if key.startswith(f"{name}/")}
+    if name == "retrieval":
+        ways = {"image": "text_to_image", "text": "image_to_text"}  # CLIP_benchmark names what is found
+        metrics = {f"{found}_retrieval_recall@{k}": metrics[f"{way}_R@{k}"] for k in KS for found, way in ways.items()}
+    return {
+        "dataset": _dataset(config),
+        "model": pretrained.name,
+        "pretrained": config.pretrained,
+        "task": TASKS[name],
+        "metrics": metrics,
+        "language": config.language,
+    }

@@ -27,7 +27,8 @@ from vlmfast.errors import DataError
 from vlmfast.models import Clip, ClipConfig, build_clip, load_config
 from vlmfast.ops.sigmoid_loss import siglip_loss
 from vlmfast.ops.softmax_loss import clip_loss, info_nce_loss
-from vlmfast.recipes.eval import MODEL_FILE, TOKENIZER_FILE, evaluators
+from vlmfast.recipes.eval import evaluators
+from vlmfast.recipes.pretrained import MODEL_FILE, TOKENIZER_FILE
 from vlmfast.recipes.sources import DataFlags, captions, image_side, open_pairs, pick_device, tell_skipped
 from vlmfast.train import adamw, fit, warmup_constant, warmup_cosine
 from vlmfast.train.checkpoint import replace_text
