@@ -21,6 +21,8 @@ COMMANDS = (
     "demo",
     "train",
     "eval",
+    "embed",
+    "search",
     "bench loss",
     "bench topk",
     "bench report",
