@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,6 +47,9 @@ EDGE = 16384
 
 STEP = 256
 """Blocks of S are multiples of this high and wide: of whole tiles."""
+
+SUMS = 2**29
+"""Bytes of float32 sums of y above which dx and dy are made one after the other, each a band at a time."""
 
 LN2 = math.log(2)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -113,6 +117,14 @@ class Pair:
             x = TensorDescriptor.from_tensor(x, [self.config.block_m, self.config.block_k])
             y = TensorDescriptor.from_tensor(y, [self.config.block_n, self.config.block_k])
         return x, y, self.x_inverse, self.y_inverse
+
+    @property
+    def folded(self) -> bool:
+        """Whether a tile of G holds G_ij / (|x_i| |y_j|), so that x and y are multiplied as they came in, unrounded.
+
+        float16 has no room for that: there the tile is G, and unit rows are rounded to float16.
+        """
+        return self.gradient != torch.float16
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -376,11 +388,7 @@ def blocks(M: int, N: int, height: int, width: int) -> Iterator[tuple[int, int, 
 
 
 class Gradients:
-    """dx and dy from S's gradient G, a block of G at a time: `for block in gradients.blocks(): fill .G; .add(block)`.
-
-    With `folded` lengths a tile holds G_ij / (|x_i| |y_j|), so that x and y are multiplied as they came in, unrounded.
-    float16 has no room for that: there the tile is G, and unit rows are rounded to float16.
-    """
+    """dx and dy from S's gradient G, a block at a time: `for block in gradients.blocks(): fill .G; .add(block)`."""
 
     def __init__(
         self,
@@ -391,11 +399,9 @@ class Gradients:
         dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
         factor: Tensor | None = None,
     ) -> None:
-        """factor: [] float32, of dx and dy; where it is known from the start, dx is done a band of rows at a time."""
-        self.pair, self.need_x, self.need_y, self.dtypes, self.factor = p, need_x, need_y, dtypes, factor
+        """factor: [] float32, of dx and dy; where it is known from the start, one side is done a band at a time."""
+        self.pair, self.need_x, self.need_y, self.factor = p, need_x, need_y, factor
         M, N, _, _ = p.sizes
-        D, device = p.x.shape[1], p.x.device
-        self.folded = p.gradient != torch.float16
         # The block that fits the workspace: square, but as wide as the matrix is when that is less high.
         numbers = workspace // (4 if p.split else p.gradient.itemsize)
         side = max(STEP, math.isqrt(numbers) // STEP * STEP)
@@ -404,37 +410,20 @@ class Gradients:
         self.height = min(M, max(self.height, numbers // self.width // STEP * STEP))
         planes = 2 if p.split else 1
         self.stride = cdiv(self.width, 16) * 16  # rows start on whole words, however many columns there are
-        self.G = torch.empty(planes, self.height, self.stride, dtype=p.gradient, device=device)
-        self.x_factors = self._factors(p.x, p.x_rows, p.x_inverse)
-        self.y_factors = self._factors(p.y, p.y_rows, p.y_inverse)
-        # Sums over all blocks: of x, a band of rows has them all as soon as it is through.
-        self.dx = torch.empty((M if factor is None else self.height) if need_x else 0, D, device=device)
-        self.dy = torch.empty(N if need_y else 0, D, device=device)
-        self.banded = need_x and len(self.dx) < M
-        # The interpreter's stores to bfloat16 do not round: there the results are rounded at the end.
-        stored = [torch.float32 if p.constants["UPCAST"] else dtype for dtype in dtypes]
-        self.x_out = self._out(self.dx, M if need_x else 0, stored[0])
-        self.y_out = self._out(self.dy, N if need_y else 0, stored[1])
-        # Dot products of each sum with its row, before the factor: both sides' add up to Σ_ij G_ij cos_ij.
-        self.x_dots, self.y_dots = torch.empty(M, device=device), torch.empty(N, device=device)
-
-    def _factors(self, x: Tensor, rows: Tensor, inverse: Tensor) -> tuple[Tensor, ...]:
-        """The rows [M, D] that G is multiplied with; two parts of each if G is in two parts."""
-        D, p = x.shape[1], self.pair
-        if p.split:
-            return rows[:, :D], rows[:, rows.shape[1] // 2 :][:, :D]
-        if self.folded or not p.normalize:
-            return (x.to(p.gradient),)
-        return ((x * inverse[:, None]).to(p.gradient),)
-
-    def _out(self, sums: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-        """Where a result goes: into its own sums, if they are all of it and of its dtype."""
-        in_place = len(sums) == rows and dtype == torch.float32
-        return sums if in_place else torch.empty(rows, sums.shape[1], dtype=dtype, device=sums.device)
+        self.G = torch.empty(planes, self.height, self.stride, dtype=p.gradient, device=p.x.device)
+        # A band of rows has all its sums when the blocks beside each other are through, one of columns for those below.
+        bands = factor is not None
+        self.x = _Sums(p, "x", M if need_x else 0, self.height if bands else M, dtypes[0])
+        self.y = _Sums(p, "y", N if need_y else 0, self.width if bands and not need_x else N, dtypes[1])
 
     def blocks(self) -> Iterator[tuple[int, int, int, int]]:
         """The blocks of S, in a fixed order: sums over them are repeatable."""
-        return blocks(len(self.pair.x), len(self.pair.y), self.height, self.width)
+        M, N, _, _ = self.pair.sizes
+        if self.need_x:
+            yield from blocks(M, N, self.height, self.width)
+        else:
+            for column, row, columns, rows in blocks(N, M, self.width, self.height):
+                yield row, column, rows, columns
 
     @property
     def workspace(self) -> tuple[Tensor, int, int]:
@@ -444,45 +433,80 @@ class Gradients:
     @property
     def constants(self) -> dict[str, Any]:
         """Of kernels that fill G."""
-        return {"FOLD": self.folded, "SPLIT": self.pair.split}
+        return {"FOLD": self.pair.folded, "SPLIT": self.pair.split}
 
     def add(self, row: int, column: int, rows: int, columns: int) -> None:
         """dx += G y and dy += Gᵀ x for the block that G holds."""
-        G = self.G[:, :rows, :columns]
+        M, N, _, _ = self.pair.sizes
+        G = list(self.G[:, :rows, :columns])
         if self.need_x:
-            factors = [y[column : column + columns] for y in self.y_factors]
-            sums = self.dx[:rows] if self.banded else self.dx[row : row + rows]
-            _accumulate(sums, list(G), factors, fresh=column == 0)
-            if self.banded and column + columns == len(self.pair.y):
-                self._finish("x", sums, row)
+            self.x.add(G, self.y.rows(column, columns), row, fresh=column == 0)
+            if self.x.banded and column + columns == N:
+                self.x.finish(self.factor, row, rows)
         if self.need_y:
-            factors = [x[row : row + rows] for x in self.x_factors]
-            _accumulate(self.dy[column : column + columns], [g.T for g in G], factors, fresh=row == 0)
+            self.y.add([g.T for g in G], self.x.rows(row, rows), column, fresh=row == 0)
+            if self.y.banded and row + rows == M:
+                self.y.finish(self.factor, column, columns)
 
     def results(self, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(dx [M, D], dy [N, D]) in their dtypes, times the factor; [0] for one that is not needed."""
-        self.factor = self.factor if factor is None else factor
-        if self.need_x and not self.banded:
-            self._finish("x", self.dx, 0)
-        if self.need_y:
-            self._finish("y", self.dy, 0)
-        dx = self.x_out.to(self.dtypes[0]) if self.need_x else self.dx.new_empty(0, dtype=self.dtypes[0])
-        dy = self.y_out.to(self.dtypes[1]) if self.need_y else self.dy.new_empty(0, dtype=self.dtypes[1])
-        return dx, dy
+        factor = self.factor if factor is None else factor
+        for side in (self.x, self.y):
+            if not side.banded and len(side.sums):
+                side.finish(factor, 0, len(side.sums))
+        return (
+            self.x.out.to(self.x.dtype) if self.need_x else self.x.out.new_empty(0),
+            self.y.out.to(self.y.dtype) if self.need_y else self.y.out.new_empty(0),
+        )
 
-    def _finish(self, of: str, sums: Tensor, row: int) -> None:
+
+class _Sums:
+    """One side of `Gradients`: the sums of its rows over all blocks, and what becomes of them."""
+
+    def __init__(self, p: Pair, of: str, rows: int, held: int, dtype: torch.dtype) -> None:
+        """rows: 0 if its gradient is not needed; held: how many of them have their sums at one time."""
+        self.pair, self.dtype = p, dtype
+        self.side, self.operands, self.inverse, self.power = (
+            (p.x, p.x_rows, p.x_inverse, p.x_power) if of == "x" else (p.y, p.y_rows, p.y_inverse, p.y_power)
+        )
+        D, device = self.side.shape[1], self.side.device
+        self.sums = torch.empty(min(rows, held), D, device=device)
+        self.banded = held < rows
+        # The interpreter's stores to bfloat16 do not round: there the results are rounded at the end.
+        stored = torch.float32 if p.constants["UPCAST"] else dtype
+        in_place = stored == torch.float32 and not self.banded
+        self.out = self.sums if in_place else torch.empty(rows, D, dtype=stored, device=device)
+        # Dot products of each sum with its row, before the factor: both sides' add up to Σ_ij G_ij cos_ij.
+        self.dots = torch.empty(rows, device=device)
+
+    @cached_property
+    def factors(self) -> tuple[Tensor, ...]:
+        """The rows [M, D] that the other side's G is multiplied with; two parts of each if G is in two parts."""
+        p, D = self.pair, self.side.shape[1]
+        if p.split:
+            return self.operands[:, :D], self.operands[:, self.operands.shape[1] // 2 :][:, :D]
+        if p.folded or not p.normalize:
+            return (self.side.to(p.gradient),)
+        return ((self.side * self.inverse[:, None]).to(p.gradient),)
+
+    def rows(self, start: int, count: int) -> list[Tensor]:
+        """Some of the factors' rows."""
+        return [factor[start : start + count] for factor in self.factors]
+
+    def add(self, G: list[Tensor], others: list[Tensor], start: int, fresh: bool) -> None:
+        """The sums of the rows from `start` take in G times the others' rows."""
+        first = 0 if self.banded else start
+        _accumulate(self.sums[first : first + len(G[0])], G, others, fresh)
+
+    def finish(self, factor: Tensor | None, start: int, count: int) -> None:
         """From the finished sums of some rows to gradients of these rows as they came in."""
-        p = self.pair
-        x, inverse, power, out, dots = {
-            "x": (p.x, p.x_inverse, p.x_power, self.x_out, self.x_dots),
-            "y": (p.y, p.y_inverse, p.y_power, self.y_out, self.y_dots),
-        }[of]
-        here = slice(row, row + len(sums))
-        constants: dict[str, Any] = {"FOLDED": self.folded, "NORMALIZE": p.normalize, "BLOCK_M": 32, "BLOCK_K": 64}
-        arguments = (sums, x[here], inverse[here], self.factor, out[here], dots[here], *sums.shape)
-        launch(_to_rows, (cdiv(len(sums), 32),), *arguments, **constants)
-        if power is not None:
-            out[here] *= power[here, None]
+        p, here = self.pair, slice(start, start + count)
+        constants: dict[str, Any] = {"FOLDED": p.folded, "NORMALIZE": p.normalize, "BLOCK_M": 32, "BLOCK_K": 64}
+        sums, out = self.sums[:count] if self.banded else self.sums[here], self.out[here]
+        arguments = (sums, self.side[here], self.inverse[here], factor, out, self.dots[here], *sums.shape)
+        launch(_to_rows, (cdiv(count, 32),), *arguments, **constants)
+        if self.power is not None:
+            out *= self.power[here, None]
 
 
 def _accumulate(out: Tensor, left: list[Tensor], right: list[Tensor], fresh: bool) -> None:

@@ -62,12 +62,12 @@ def _sum(
     if gradients:
         # Each active hinge holds its positive as well; dx and dy are gradients of unit rows, or those over the length.
         x_turn, y_turn = active * p.x_inverse, active * p.y_inverse
-        if gradients.folded:
+        if p.folded:
             x_turn, y_turn = x_turn * p.y_inverse, y_turn * p.x_inverse
         if need_x:
-            gradients.dx -= y_turn[:, None] * p.y
+            gradients.x.sums -= y_turn[:, None] * p.y
         if need_y:
-            gradients.dy -= x_turn[:, None] * p.x
+            gradients.y.sums -= x_turn[:, None] * p.x
         dx, dy = gradients.results(torch.ones((), device=device))
     return loss.float(), dx, dy
 
@@ -97,11 +97,16 @@ def _hardest(p: Pair, positive: Tensor, margin: float, need_x: bool, need_y: boo
         x, y = p.x.float() * p.x_inverse[:, None], p.y.float() * p.y_inverse[:, None]
         if need_x:
             dx = row_on * y[row_at] - own * y
-            dx = _to_rows(p, "x", dx.index_put_((column_at,), column_on * y, accumulate=True), x)
+            dx = _to_rows(p, "x", _add_rows(dx, column_at, column_on * y), x)
         if need_y:
             dy = column_on * x[column_at] - own * x
-            dy = _to_rows(p, "y", dy.index_put_((row_at,), row_on * x, accumulate=True), y)
+            dy = _to_rows(p, "y", _add_rows(dy, row_at, row_on * x), y)
     return cost.sum(), dx, dy
+
+
+def _add_rows(to: Tensor, at: Tensor, rows: Tensor) -> Tensor:
+    """to[at] += rows, always in one order; index_put_ would have the host look whether all of `at` is in range."""
+    return torch._index_put_impl_(to, (at,), rows, accumulate=True, unsafe=True)
 
 
 def _to_rows(p: Pair, of: str, gradient: Tensor, unit: Tensor) -> Tensor:

@@ -90,9 +90,6 @@ def backward(
         unit = 4096 / torch.stack([weight.amax() for weight in weights]).amax().clamp_min(1e-30)
         row_weight, col_weight = (None if weight is None else weight * unit for weight in (row_weight, col_weight))
         factor = factor / unit
-    # The gradient of the scale is a by-product of either embedding's.
-    dtypes = (x.dtype, y.dtype)
-    gradients = _tiles.Gradients(p, need_x or not need_y, need_y, workspace, dtypes, factor * logit_scale)
     M, N, _, _ = p.sizes
     saved = Kept(p, kept)
     vectors = (
@@ -107,18 +104,26 @@ def backward(
         "FORM": _FORMS[form],
         "SMOOTH": label_smoothing > 0,
         "KEPT": len(kept) > 0,
-        **gradients.constants,
         **p.constants,
     }
-    for block in gradients.blocks():
-        grid = (cdiv(block[2], p.config.block_m) * cdiv(block[3], p.config.block_n),)
-        arguments = (*p.operands, logit_scale, *vectors, *saved.arguments, *gradients.workspace, *p.sizes, *block)
-        _tiles.launch(_gradient_tiles, grid, *arguments, config=p.config, **constants)
-        gradients.add(*block)
 
+    def sweep(need_x: bool, need_y: bool) -> _tiles.Gradients:
+        gradients = _tiles.Gradients(p, need_x, need_y, workspace, (x.dtype, y.dtype), factor * logit_scale)
+        for block in gradients.blocks():
+            grid = (cdiv(block[2], p.config.block_m) * cdiv(block[3], p.config.block_n),)
+            arguments = (*p.operands, logit_scale, *vectors, *saved.arguments, *gradients.workspace, *p.sizes, *block)
+            _tiles.launch(_gradient_tiles, grid, *arguments, config=p.config, **gradients.constants, **constants)
+            gradients.add(*block)
+        return gradients
+
+    apart = need_x and need_y and y.numel() * 4 > _tiles.SUMS
+    # The gradient of the scale is a by-product of either embedding's.
+    gradients = sweep(need_x or not need_y, need_y and not apart)
     dx, dy = gradients.results()
-    dots = gradients.x_dots if gradients.need_x else gradients.y_dots
-    return dx if need_x else x.new_empty(0), dy, factor * dots.sum()
+    dots = (gradients.y if need_y and not need_x else gradients.x).dots
+    if apart:
+        _, dy = sweep(False, True).results()
+    return dx if need_x else x.new_empty(0), dy if need_y else y.new_empty(0), factor * dots.sum()
 
 
 class Kept:
