@@ -74,11 +74,10 @@ struct Geometry {
     return most < 1 ? 1 : most < call.threads ? int(most) : call.threads;
   }
 
-  // tokens' row of patch n = sums + bias + position, `columns` of them from column h0 on.
+  // Patch n's token from column h0 on, `columns` numbers = sums + bias + position.
   void write(int64_t n, int64_t h0, int64_t columns, const float* sums, const float* bias, const float* positions,
              float* tokens) const {
     float* out = tokens + token_of(n) + h0;
-    bias += h0;
     if (positions) {
       positions += position_of(n) * call.H + h0;
       for (int64_t c = 0; c < columns; ++c) out[c] = sums[c] + bias[c] + positions[c];
@@ -124,56 +123,60 @@ void forward_in_floats(const Geometry& g, const float* weight, const float* bias
         for (int64_t h0 = 0; h0 < H; h0 += TILE_N) {
           const int64_t columns = H - h0 < TILE_N ? H - h0 : TILE_N;
           k.similarity(space.panels, w + h0 * K, K, {n0, h0, m, columns, space.s});
-          for (int64_t r = 0; r < m; ++r) g.write(n0 + r, h0, columns, space.s + r * TILE_LD, bias, positions, tokens);
+          for (int64_t r = 0; r < m; ++r)
+            g.write(n0 + r, h0, columns, space.s + r * TILE_LD, bias + h0, positions, tokens);
         }
       });
+}
+
+// How many patches' bytes are held at once: few enough to be near, enough to make the other side's digits worth while.
+int64_t chunk(const Geometry& g, int64_t bytes_of_patch, int64_t most) {
+  const int64_t fit = (int64_t(1) << 24) / bytes_of_patch / BYTE_ROWS * BYTE_ROWS;
+  const int64_t M = fit < most ? fit : most;
+  return g.N < M ? g.N : M > BYTE_ROWS ? M : BYTE_ROWS;
 }
 
 // Scale and shift go into the weights and the bias, and the pixels are multiplied as they are.
 void forward_in_bytes(const Geometry& g, const float* weight, const float* bias, const float* positions,
                       float* tokens) {
   const Bytes& bytes = *kernels().bytes;
-  const int64_t H = g.call.H, K = g.K, groups = (K + 3) / 4, panel = groups * 4 * BYTE_DIGITS * BYTE_COLUMNS;
-  const int64_t panels = (H + BYTE_COLUMNS - 1) / BYTE_COLUMNS;
+  const int64_t H = g.call.H, K = g.K, groups = (K + 3) / 4, M = chunk(g, groups * 4, g.N);
   const int threads = g.threads();
-  const Scratch<int8_t> w(panels * panel);
-  const Scratch<float> units(panels * BYTE_COLUMNS), biases(H);
-  in_ranges(threads, panels, 1, [&](int64_t begin, int64_t end) {
-    const Scratch<int8_t> digits(panel);
-    for (int64_t p = begin; p < end; ++p) {
-      const int64_t h0 = p * BYTE_COLUMNS, rows = H - h0 < BYTE_COLUMNS ? H - h0 : BYTE_COLUMNS;
-      double offsets[BYTE_COLUMNS] = {};
-      bytes.weight_digits(weight + h0 * K, rows, K, g.call.scale, g.call.shift, g.L, digits, w + p * panel, units + h0,
-                          offsets);
-      for (int64_t r = 0; r < rows; ++r) biases[h0 + r] = float(offsets[r] + (bias ? double(bias[h0 + r]) : 0.0));
-    }
-  });
-  // Rows of a block stay in the second-level cache while the panels of w pass by; four blocks a thread or more.
-  const int64_t fair = round_up((g.N + 4 * threads - 1) / (4 * threads), BYTE_ROWS);
-  const int64_t most = round_up((3 << 17) / (groups * 4) + 1, BYTE_ROWS), M = fair < most ? fair : most;
-  struct Workspace {
-    Scratch<uint8_t> row, panels;
-  };
-  take_turns(
-      threads, (g.N + M - 1) / M,
-      [&] { return Workspace{Scratch<uint8_t>(groups * 4, 0), Scratch<uint8_t>(M * groups * 4, 0)}; },
-      [&](int64_t block, const Workspace& space) {
-        const int64_t n0 = block * M, m = g.N - n0 < M ? g.N - n0 : M;
-        for (int64_t r = 0; r < m; ++r) {
-          g.unfold(n0 + r, space.row);
-          uint8_t* to = space.panels + (r / BYTE_ROWS * groups * BYTE_ROWS + r % BYTE_ROWS) * 4;
-          for (int64_t i = 0; i < groups; ++i) std::memcpy(to + i * BYTE_ROWS * 4, space.row + i * 4, 4);
-        }
-        for (int64_t p = 0; p < panels; ++p) {
+  const Scratch<uint8_t> x(round_up(M, BYTE_ROWS) * groups * 4);
+  for (int64_t n0 = 0; n0 < g.N; n0 += M) {
+    const int64_t m = g.N - n0 < M ? g.N - n0 : M;
+    in_ranges(threads, round_up(m, BYTE_ROWS), BYTE_ROWS, [&](int64_t begin, int64_t end) {
+      const Scratch<uint8_t> row(groups * 4, 0);
+      for (int64_t r = begin; r < end; ++r) {
+        if (r < m) g.unfold(n0 + r, row);
+        uint8_t* to = x + (r / BYTE_ROWS * groups * BYTE_ROWS + r % BYTE_ROWS) * 4;
+        for (int64_t i = 0; i < groups; ++i) std::memcpy(to + i * BYTE_ROWS * 4, row + i * 4, 4);
+      }
+    });
+    struct Workspace {
+      Scratch<int8_t> digits, scratch;
+    };
+    const int64_t panel = groups * 4 * BYTE_DIGITS * BYTE_COLUMNS;
+    take_turns(
+        threads, (H + BYTE_COLUMNS - 1) / BYTE_COLUMNS,
+        [&] { return Workspace{Scratch<int8_t>(panel), Scratch<int8_t>(panel)}; },
+        [&](int64_t p, const Workspace& space) {
           const int64_t h0 = p * BYTE_COLUMNS, columns = H - h0 < BYTE_COLUMNS ? H - h0 : BYTE_COLUMNS;
+          float unit[BYTE_COLUMNS], biases[BYTE_COLUMNS] = {};
+          double offsets[BYTE_COLUMNS] = {};
+          bytes.weight_digits(weight + h0 * K, columns, K, g.call.scale, g.call.shift, g.L, space.scratch, space.digits,
+                              unit, offsets);
+          for (int64_t c = 0; c < columns; ++c) biases[c] = float(offsets[c] + (bias ? double(bias[h0 + c]) : 0.0));
           for (int64_t r0 = 0; r0 < m; r0 += BYTE_ROWS) {
+            const int64_t rows = m - r0 < BYTE_ROWS ? m - r0 : BYTE_ROWS;
+            for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(tokens + g.token_of(n0 + r0 + r) + h0, 1);
             float sums[BYTE_ROWS * BYTE_COLUMNS];
-            bytes.products(groups, space.panels + r0 * groups * 4, w + p * panel, units + h0, sums);
-            for (int64_t r = r0; r < m && r < r0 + BYTE_ROWS; ++r)
-              g.write(n0 + r, h0, columns, sums + (r - r0) * BYTE_COLUMNS, biases, positions, tokens);
+            bytes.products(groups, x + r0 * groups * 4, space.digits, unit, sums);
+            for (int64_t r = 0; r < rows; ++r)
+              g.write(n0 + r0 + r, h0, columns, sums + r * BYTE_COLUMNS, biases, positions, tokens);
           }
-        }
-      });
+        });
+  }
 }
 
 // dweight += G^T x, rows of x a block at a time: every sum runs in the order of the patches.
@@ -205,12 +208,10 @@ void backward_in_floats(const Geometry& g, const float* grad, float* dweight) {
   }
 }
 
-constexpr int64_t CHUNK = 2048;  // patches whose bytes are held at once
-
 // x = pixel * scale + shift: the shift's part of dweight is shift * sum_n G_n, the scale's is exact products of bytes.
 void backward_in_bytes(const Geometry& g, const float* grad, float* dweight) {
   const Bytes& bytes = *kernels().bytes;
-  const int64_t H = g.call.H, K = g.K, Kp = round_up(K, 16), M = g.N < CHUNK ? g.N : CHUNK;
+  const int64_t H = g.call.H, K = g.K, Kp = round_up(K, 16), M = chunk(g, Kp, BYTE_DEPTH);
   const int64_t most_groups = (M + 3) / 4, panels = (H + BYTE_COLUMNS - 1) / BYTE_COLUMNS;
   const int threads = g.threads();
   const Scratch<uint8_t> x(Kp * most_groups * 4);
@@ -265,7 +266,7 @@ void patch_embedding_forward(const PatchCall& call, const float* weight, const f
 
 void patch_embedding_backward(const PatchCall& call, const float* grad, float* dweight) {
   const Geometry g(call);
-  g.in_bytes(CHUNK) ? backward_in_bytes(g, grad, dweight) : backward_in_floats(g, grad, dweight);
+  g.in_bytes(0) ? backward_in_bytes(g, grad, dweight) : backward_in_floats(g, grad, dweight);
 }
 
 }  // namespace vlmfast
