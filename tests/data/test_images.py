@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 
 import numpy as np
 import PIL.Image
@@ -135,33 +136,31 @@ def file_of(image):
 @pytest.mark.filterwarnings("ignore")  # another library's
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize(("mode", "fit"), [("shortest", "crop"), ("squash", "squash")])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_pixels_are_open_clips(open_clip, shape, mode, fit, interpolation):
+def test_pixels_are_open_clips(open_clip, mode, fit, interpolation):
     half = (0.5, 0.5, 0.5)
     theirs = open_clip.transform.image_transform(
         24, is_train=False, mean=half, std=half, resize_mode=mode, interpolation=interpolation
     )
-    for kind in ("RGB", "L"):  # palettes it resizes before it looks up their colours
+    for shape, kind in itertools.product(SHAPES, ("RGB", "L")):  # palettes it resizes before it looks up their colours
         image = a_pillow_image(shape, kind)
         expected = ((theirs(image) * 0.5 + 0.5) * 255).round().to(torch.uint8)
-        assert torch.equal(load_image(file_of(image), 24, fit, interpolation=interpolation), expected), kind
+        assert torch.equal(load_image(file_of(image), 24, fit, interpolation=interpolation), expected), (shape, kind)
 
 
 @pytest.mark.filterwarnings("ignore")  # another library's
 @pytest.mark.parametrize("resample", [2, 3], ids=["bilinear", "bicubic"])
 @pytest.mark.parametrize("fit", ["crop_floor", "squash"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_pixels_are_transformers(transformers, shape, fit, resample):
+def test_pixels_are_transformers(transformers, fit, resample):
     if fit == "squash":
         theirs = transformers.SiglipImageProcessorPil(size={"height": 24, "width": 24}, resample=resample)
     else:
         theirs = transformers.CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size=24, resample=resample)
     interpolation = {2: "bilinear", 3: "bicubic"}[resample]
-    for kind in ("RGB", "L", "P", "1"):
+    for shape, kind in itertools.product(SHAPES, ("RGB", "L", "P", "1")):
         image = a_pillow_image(shape, kind)
         expected = theirs(image, do_rescale=False, do_normalize=False, do_convert_rgb=True, return_tensors="pt")
         got = load_image(file_of(image), 24, fit, interpolation=interpolation)
-        assert torch.equal(got, expected.pixel_values[0].to(torch.uint8)), kind
+        assert torch.equal(got, expected.pixel_values[0].to(torch.uint8)), (shape, kind)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF"])

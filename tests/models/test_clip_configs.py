@@ -34,10 +34,8 @@ def test_released_sizes(name, suffix, tokens, parameters):
 
 
 @pytest.mark.parametrize("name", config_names())
-def test_every_config_builds_and_round_trips(name, tmp_path):
+def test_every_config_round_trips(name, tmp_path):
     config = load_config(name)
-    with torch.device("meta"):
-        Clip(config)
     saved = tmp_path / "open_clip_config.json"
     saved.write_text(json.dumps(config.to_dict()))
     assert load_config(saved) == config

@@ -143,10 +143,15 @@ class ViT(nn.Module):
         check_image(image, self.config.image_hw)
         rows, columns = self.config.grid
         p = self.config.patch_size
-        x = self.conv1(image[:, :, : rows * p, : columns * p])  # [B, P, C]
-        if self.class_embedding is not None:
-            x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
-        return self.transformer(self.ln_pre(x + self.positional_embedding))
+        image = image[:, :, : rows * p, : columns * p]
+        if self.conv1._forward_hooks:  # somebody looks at the patches alone, [B, P, C]
+            x = self.conv1(image)
+            if self.class_embedding is not None:
+                x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
+            x = x + self.positional_embedding
+        else:
+            x = self.conv1(image, self.class_embedding, self.positional_embedding)
+        return self.transformer(self.ln_pre(x))
 
     def groups(self) -> list[Group]:
         """What `Clip.lock_image_tower` unlocks from the end, as open_clip groups it: embeddings, blocks, projection."""
