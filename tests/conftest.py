@@ -1,9 +1,14 @@
-"""What every test runs under: one thread, and unwritten memory that reads as NaN; and the backends in turn."""
+"""What every test runs under: one thread, and unwritten memory that reads as NaN; and the backends in turn.
+
+On a machine with a GPU the triton backend is one of them, and what its tests make lies there: torch's default device is
+"cuda" then. Everything else runs on the CPU.
+"""
 
 import importlib
 import os
 import re
 import warnings
+from contextlib import contextmanager
 
 import numpy
 import pytest
@@ -13,12 +18,17 @@ from vlmfast import _ext, available_backends, use_backend
 from vlmfast.ops import _limits, _tiles
 from vlmfast.testing import poisoned_empty
 
+# Deterministic algorithms, which `_surroundings` asks for, need this of cuBLAS before it starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+GPU = torch.cuda.is_available() and not _tiles.MISSING and not _tiles.INTERPRET
+REQUIRED = os.environ.get("VLMFAST_REQUIRE", "").split(",")
 MISSING = {
     "cpu": f"the compiled extension is missing: {_ext.reason}",
-    "triton": _tiles.MISSING or "run: make test-interpret",
+    "triton": _tiles.MISSING or "there is no GPU; for the interpreter run: make test-interpret",
 }
 # Under Triton's interpreter only its kernels are tested: all else runs faster without it.
-BACKENDS = ["triton"] if _tiles.INTERPRET else ["reference", "cpu"]
+BACKENDS = ["triton"] if _tiles.INTERPRET else ["reference", "cpu"] + ["triton"] * (GPU or "triton" in REQUIRED)
 
 # The interpreter takes some 10 ms for a tile: what it does not run, and why that loses little.
 NOT_INTERPRETED = {
@@ -51,12 +61,25 @@ def _surroundings():
         yield
 
 
+@contextmanager
 def forced(name):
-    """A context in which every op runs on that backend; without it a skip, or a failure if VLMFAST_REQUIRE names it."""
-    if name not in available_backends():
-        required = name in os.environ.get("VLMFAST_REQUIRE", "").split(",")
-        (pytest.fail if required else pytest.skip)(f"backend {name!r} cannot run: {MISSING.get(name, 'unknown why')}")
-    return use_backend(name)
+    """Every op runs on that backend, and tensors are made where it runs; without it as `missing` says."""
+    device = "cuda" if name == "triton" and GPU else "cpu"
+    if name not in available_backends(device):
+        missing(name)
+    with use_backend(name):
+        if device == "cpu":
+            yield
+        else:
+            with torch.device(device):
+                yield
+
+
+def missing(name):
+    """Skips the test, or fails it if VLMFAST_REQUIRE names the backend."""
+    (pytest.fail if name in REQUIRED else pytest.skip)(
+        f"backend {name!r} cannot run: {MISSING.get(name, 'unknown why')}"
+    )
 
 
 @pytest.fixture(params=BACKENDS)
@@ -71,9 +94,22 @@ def backend(request):
 
 @pytest.fixture
 def triton_backend(monkeypatch):
-    """For what only the Triton kernels promise; a few hundred rows are several blocks of S, and of G."""
+    """For what only the Triton kernels promise; a few hundred rows are several blocks of S, and of G.
+
+    In the precision that docs/numerics.md's tolerances are for, which is not a GPU's default.
+    """
     monkeypatch.setattr(_tiles, "EDGE", 256)
     monkeypatch.setattr(_limits, "MAX_WORKSPACE", 2**18)
+    monkeypatch.setattr(_limits, "PRECISION", "ieee")
+    with forced("triton"):
+        yield "triton"
+
+
+@pytest.fixture
+def gpu():
+    """For what only a GPU can show: the Triton kernels on it, with everything as it is shipped."""
+    if _tiles.INTERPRET:
+        pytest.skip("the interpreter has no GPU")
     with forced("triton"):
         yield "triton"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # (B, D): alone | two | under, on, over a tile of 64 | over 96 | over 256, narrow | over 384, wide
 SHAPES = [(1, 1), (2, 3), (63, 64), (64, 64), (65, 33), (97, 100), (257, 3), (385, 640)]
+
+
+def draw(make: Callable[..., Tensor], *args: Any, generator: torch.Generator, **options: Any) -> Tensor:
+    """make(*args, generator=generator, **options) on torch's default device: the same numbers on a GPU as on a CPU.
+
+    Args:
+        make: torch.randn, torch.randint or another function that draws numbers.
+        args: what it takes.
+        generator: of the CPU.
+        options: what it takes by name, but no device.
+    Returns: what it drew on the CPU.
+    """
+    return make(*args, generator=generator, device="cpu", **options).to(torch.get_default_device())
 
 
 def pairs(
@@ -33,14 +46,17 @@ def pairs(
         scale: the logit scale.
         match: the cosine that a pair has on average; 1 makes text a copy of image.
         seed: of the generator.
-    Returns: image [B, D], text [B, D], logit_scale [] float32. Lengths lie between 0.5 and 2.
+    Returns: image [B, D], text [B, D], logit_scale [] float32, on torch's default device, with the same numbers on any.
+        Lengths lie between 0.5 and 2.
     """
     generator = torch.Generator().manual_seed(seed)
-    image, noise = torch.randn(2, B, D, generator=generator, dtype=torch.float64)
+    options: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    image, noise = torch.randn(2, B, D, generator=generator, **options)
     text = match * image + math.sqrt(1 - match**2) * noise
-    lengths = 0.5 + 1.5 * torch.rand(2, B, 1, generator=generator, dtype=torch.float64)
+    lengths = 0.5 + 1.5 * torch.rand(2, B, 1, generator=generator, **options)
     image, text = lengths * torch.nn.functional.normalize(torch.stack([image, text]), dim=2)
-    return image.to(dtype), text.to(dtype), torch.tensor(scale)
+    here = torch.get_default_device()
+    return image.to(here, dtype), text.to(here, dtype), torch.tensor(scale)
 
 
 def assert_accurate(

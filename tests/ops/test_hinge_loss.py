@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from vlmfast import use_backend
 from vlmfast.errors import BackendError, DTypeError, ShapeError
 from vlmfast.ops.hinge_loss import IMPLS, _vse_loss, reference, vse_loss
-from vlmfast.testing import SHAPES, Watch, assert_accurate, pairs
+from vlmfast.testing import SHAPES, Watch, assert_accurate, draw, pairs
 
 LIMITS = ("ieee", 2**20)  # precision and workspace, which a GPU's kernels look at
 hardness = pytest.mark.parametrize("hardest", [False, True], ids=["sum", "hardest"])
@@ -135,7 +135,7 @@ def test_hardest_is_the_sum_of_the_top_violations_on_a_thousand_matrices(backend
     generator = torch.Generator().manual_seed(0)
     for trial in range(1000):
         B = 2 + trial % 7
-        s = torch.randn(B, B, generator=generator).requires_grad_()
+        s = draw(torch.randn, B, B, generator=generator).requires_grad_()
         loss = vse_loss(s, torch.eye(B), hardest=True, normalize=False)
         rows, columns = (0.2 + s - s.diag()[:, None]).clamp(min=0), (0.2 + s - s.diag()).clamp(min=0)
         own = torch.eye(B, dtype=torch.bool)
@@ -151,7 +151,7 @@ def test_hardest_is_the_sum_of_the_top_violations_on_a_thousand_matrices(backend
 def test_a_hinge_that_is_exactly_zero_passes_no_gradient(backend, margin, hardest):
     """Whole numbers: many hinges are exactly zero, and the hardest foreigners have twins in other tiles."""
     generator = torch.Generator().manual_seed(0)
-    image, text = torch.randint(-1, 2, (2, 200, 5), generator=generator).float()
+    image, text = draw(torch.randint, -1, 2, (2, 200, 5), generator=generator).float()
     x = image.clone().requires_grad_()
     loss = vse_loss(x, text, margin, hardest=hardest, normalize=False)
     s = image @ text.T
@@ -209,7 +209,7 @@ def test_what_is_not_finite_is_not_hidden(backend, hardest, value, side, row):
 @hardness
 def test_the_order_of_pairs_does_not_matter(backend, hardest):
     image, text = smooth_pairs(65, 33, hardest=hardest)
-    order = torch.randperm(65, generator=torch.Generator().manual_seed(0))
+    order = draw(torch.randperm, 65, generator=torch.Generator().manual_seed(0))
     a, b = vse_loss(image, text, hardest=hardest), vse_loss(image[order], text[order], hardest=hardest)
     torch.testing.assert_close(a, b, rtol=2e-6, atol=0)
 
@@ -297,7 +297,7 @@ def test_nothing_of_the_size_of_the_similarities_is_saved(backend):
 @hardness
 def test_the_reference_is_the_same_in_any_chunks(monkeypatch, hardest):
     """Whole numbers: exact in any order, and with ties from chunk to chunk."""
-    image, text = torch.randint(-1, 2, (2, 65, 5), generator=torch.Generator().manual_seed(0)).float()
+    image, text = draw(torch.randint, -1, 2, (2, 65, 5), generator=torch.Generator().manual_seed(0)).float()
     args = (image, text, 1.0, hardest, False, True, True, *LIMITS)
     whole = reference.forward(*args)
     for chunk in (1, 65 * 7, 65 * 64):
@@ -322,7 +322,7 @@ def test_backends_have_the_signatures_of_the_reference():
 def test_autocast_changes_nothing(backend):
     image, text, _ = (v.requires_grad_() for v in pairs(33, 20))
     plain = vse_loss(image, text)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(image.device.type, dtype=torch.bfloat16):
         ours = vse_loss(image, text)
         gradient = torch.autograd.grad(ours, image)[0]
     assert torch.equal(ours, plain)

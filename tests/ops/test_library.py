@@ -12,7 +12,7 @@ from vlmfast.testing import pairs
 
 
 def groups(x):
-    return torch.arange(x.shape[0]) // 3
+    return torch.arange(x.shape[0], device=x.device) // 3
 
 
 LOSSES = {
@@ -29,7 +29,7 @@ LOSSES = {
 CALLS = LOSSES | {
     "normalized_similarity": normalized_similarity,
     "similarity_topk": lambda x, y: similarity_topk(x, y, 2),
-    "rank_counts": lambda x, y: rank_counts(x, y, torch.arange(x.shape[0])),
+    "rank_counts": lambda x, y: rank_counts(x, y, torch.arange(x.shape[0], device=x.device)),
 }
 LOOKS_AT_VALUES = {"rank_counts"}  # outside torch.compile, which make_fx is
 first_dual = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by dual_level, of torch itself

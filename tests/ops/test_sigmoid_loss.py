@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from vlmfast import use_backend
 from vlmfast.errors import BackendError, DTypeError, ShapeError
 from vlmfast.ops.sigmoid_loss import IMPLS, _siglip_loss, reference, siglip_loss
-from vlmfast.testing import SHAPES, Watch, assert_accurate, pairs
+from vlmfast.testing import SHAPES, Watch, assert_accurate, draw, pairs
 
 LIMITS = ("ieee", 2**20)  # precision and workspace, which a GPU's kernels look at
 BIAS = -2.0  # with the scale of pairs(), a logit of mixed signs: no side of the sigmoid is flat
@@ -180,7 +180,7 @@ def test_zero_rows_stay_zero(backend):
 
 def test_the_order_of_pairs_does_not_matter(backend):
     image, text, scale = pairs(65, 33)
-    order = torch.randperm(65, generator=torch.Generator().manual_seed(0))
+    order = draw(torch.randperm, 65, generator=torch.Generator().manual_seed(0))
     a, b = siglip_loss(image, text, scale, BIAS), siglip_loss(image[order], text[order], scale, BIAS)
     torch.testing.assert_close(a, b, rtol=2e-6, atol=0)
 
@@ -284,7 +284,7 @@ def test_backends_have_the_signatures_of_the_reference():
 def test_autocast_changes_nothing(backend):
     image, text, scale = (v.requires_grad_() for v in pairs(33, 20))
     plain = siglip_loss(image, text, scale, BIAS)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(image.device.type, dtype=torch.bfloat16):
         ours = siglip_loss(image, text, scale, BIAS)
         gradient = torch.autograd.grad(ours, image)[0]
     assert torch.equal(ours, plain)

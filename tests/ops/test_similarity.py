@@ -11,7 +11,7 @@ from vlmfast import use_backend
 from vlmfast.errors import BackendError, DTypeError, ShapeError
 from vlmfast.ops import similarity
 from vlmfast.ops.similarity import IMPLS, normalized_similarity, rank_counts, reference, similarity_topk
-from vlmfast.testing import Watch, assert_accurate, pairs
+from vlmfast.testing import Watch, assert_accurate, draw, pairs
 
 # (M, N, D): alone | a column | a row | under, on and over a tile | ragged | narrow, wide
 SHAPES = [(1, 1, 1), (65, 1, 3), (1, 65, 33), (63, 65, 64), (64, 64, 64), (97, 257, 100), (257, 33, 640), (385, 130, 1)]
@@ -26,15 +26,13 @@ def sides(M, N, D, dtype=torch.float32):
 def whole(M, N, D=6, dtype=torch.float32):
     """Queries and items of small whole numbers: dot products are exact in any order, and many are equal."""
     generator = torch.Generator().manual_seed(M + N)
-    draw = [torch.randint(-2, 3, (rows, D), generator=generator).to(dtype) for rows in (M, N)]
-    return draw[0], draw[1]
+    return [draw(torch.randint, -2, 3, (rows, D), generator=generator).to(dtype) for rows in (M, N)]
 
 
 def signs(M, N, dtype=torch.float32):
     """Queries and items of +1 and -1, 16 wide: their length is 4, so cosines are exact too, and many are equal."""
     generator = torch.Generator().manual_seed(M + N)
-    draw = [(2 * torch.randint(0, 2, (rows, 16), generator=generator) - 1).to(dtype) for rows in (M, N)]
-    return draw[0], draw[1]
+    return [(2 * draw(torch.randint, 0, 2, (rows, 16), generator=generator) - 1).to(dtype) for rows in (M, N)]
 
 
 def cosines(query, items, normalize=True):
@@ -44,13 +42,13 @@ def cosines(query, items, normalize=True):
 
 def numpy_order(s):
     """For each row the items from the most similar on, equals by their index."""
-    return np.argsort(-s.numpy(), axis=1, kind="stable")
+    return np.argsort(-s.cpu().numpy(), axis=1, kind="stable")
 
 
 def numpy_ranks(s, positives):
     """(above, ties) of each row, read off the sorted row."""
     above, ties = [], []
-    for row, order, right in zip(s.numpy(), numpy_order(s), positives.numpy(), strict=True):
+    for row, order, right in zip(s.cpu().numpy(), numpy_order(s), positives.cpu().numpy(), strict=True):
         right = set(right[right >= 0])
         best = next(item for item in order if item in right)
         equals = [item for item in order if row[item] == row[best]]
@@ -62,8 +60,8 @@ def numpy_ranks(s, positives):
 def lists(M, N, P):
     """[M, P] positives: the first is an item, of the others some are -1, some are named twice."""
     generator = torch.Generator().manual_seed(P)
-    positives = torch.randint(-1, N, (M, P), generator=generator)
-    positives[:, P // 2] = torch.randint(0, N, (M,), generator=generator)
+    positives = draw(torch.randint, -1, N, (M, P), generator=generator)
+    positives[:, P // 2] = draw(torch.randint, 0, N, (M,), generator=generator)
     return positives
 
 
@@ -80,7 +78,7 @@ def test_value_and_gradients(backend, M, N, D, dtype, normalize):
     twins = [v.detach().double().requires_grad_() for v in inputs]
     exact = F.normalize(twins[0]) @ F.normalize(twins[1]).T if normalize else twins[0] @ twins[1].T
     assert_accurate(s, exact, size=1 if normalize else 4, name="similarity")
-    grad = torch.randn(M, N, generator=torch.Generator().manual_seed(2))
+    grad = draw(torch.randn, M, N, generator=torch.Generator().manual_seed(2))
     ours = torch.autograd.grad(s, inputs, grad)
     truth = torch.autograd.grad(exact, twins, grad.double())
     terms = (grad.abs().sum(1, keepdim=True), grad.abs().sum(0)[:, None])
@@ -180,7 +178,7 @@ def test_topk_with_ties_is_numpys_argsort(backend, kind, k, dtype):
     query, items = whole(97, 130, dtype=dtype) if kind == "dots" else signs(97, 130, dtype)
     s = cosines(query, items, kind == "cosines")
     values, indices = similarity_topk(query, items, k, normalize=kind == "cosines")
-    order = torch.from_numpy(numpy_order(s))[:, :k]
+    order = torch.as_tensor(numpy_order(s))[:, :k]
     assert torch.equal(indices, order)
     assert torch.equal(values, s.gather(1, order).float())
     assert len(s[0].unique()) < 130
@@ -196,7 +194,7 @@ def test_topk_without_ties_is_numpys_argsort(backend, M, N, D, dtype):
     assert values.dtype == torch.float32
     assert_accurate(values, s.sort(1, descending=True).values[:, :k], name="values")
     # Two cosines closer than rounding may change places; none else may.
-    assert (s.gather(1, indices) - s.gather(1, torch.from_numpy(numpy_order(s))[:, :k])).abs().max() < 1e-6
+    assert (s.gather(1, indices) - s.gather(1, torch.as_tensor(numpy_order(s))[:, :k])).abs().max() < 1e-6
     assert all(len(row.unique()) == k for row in indices)
 
 
@@ -355,7 +353,7 @@ def test_autocast_changes_nothing(backend):
     query.requires_grad_()
     s, best = normalized_similarity(query, items), similarity_topk(query, items, 3)
     gradient = torch.autograd.grad(s.sum(), query, retain_graph=True)[0]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(query.device.type, dtype=torch.bfloat16):
         assert torch.equal(normalized_similarity(query, items), s)
         assert torch.equal(torch.autograd.grad(s.sum(), query)[0], gradient)
         assert torch.equal(similarity_topk(query, items, 3)[0], best[0])
