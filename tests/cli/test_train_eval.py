@@ -103,7 +103,7 @@ def small_model(tmp_path):
         (["train", "--dataset-type", "folder"], "needs --train-data"),
         (["train", "--dataset-type", "csv", "--train-data", "x", "--csv-separator", "ab"], "must be one character"),
         (["train", "--device", "toaster"], "--device toaster"),
-        (["eval", "--pretrained", "nowhere"], "nowhere: holds no checkpoint"),
+        (["eval", "--pretrained", "nowhere"], "nowhere: there is no such file or folder"),
     ],
 )
 def test_bad_input_is_said(words, message, capsys, tmp_path, monkeypatch):

@@ -35,6 +35,7 @@ BATCH = 256  # images embedded at a time
 KS = (1, 5, 10)  # of the recalls
 TASKS = {"zero_shot": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}  # CLIP_benchmark's names
 NAME = "{dataset}_{pretrained}_{model}_{language}_{task}.json"  # CLIP_benchmark's
+ORDER: dict[str, Any] = {"seed": 0, "shuffle": False, "epochs": 1}  # once through, in the data set's own order
 FIELDS = {"dataset", "pretrained", "pretrained_full_path", "model", "language", "task"}
 
 Tokenizer: TypeAlias = Callable[[list[str]], Tensor]
@@ -83,7 +84,8 @@ def run(config: Config) -> None:
         check_template(config.output)
     pretrained = open_pretrained(config)
     dataset = open_data(config, pretrained)
-    how = evaluators(pretrained.tokenizer(config.long_captions), dataset, config.batch_size, _watch(dataset))
+    tokenizer = pretrained.tokenizer(config.long_captions)
+    how = evaluators(tokenizer, dataset, config.batch_size, watch=_watch(dataset), workers=config.workers)
     files = {name: _file(config, pretrained, name) for name in how} if config.output else {}
     if len(set(files.values())) < len(files):
         raise DataError(
@@ -122,7 +124,7 @@ def open_data(config: Config, pretrained: Pretrained) -> Any:
     if _is_benchmark(config):
         data = read_benchmark(config.val_data, config.split)
         key = "cls" if data.kind == "classification" else "txt"
-        return BenchmarkData(data, WebdatasetPairs(data.tars, image_size=side, caption_key=key, **how), config.workers)
+        return BenchmarkData(data, WebdatasetPairs(data.tars, image_size=side, caption_key=key, **how))
     if config.dataset_type == "webdataset" and config.val_data and Path(config.val_data).is_dir():
         raise DataError(
             f"{config.val_data}: is a folder without {config.split}/nshards.txt, as CLIP_benchmark writes it; to read "
@@ -137,11 +139,10 @@ class BenchmarkData:
 
     benchmark: Benchmark
     pairs: WebdatasetPairs
-    workers: int = 0
 
 
 def evaluators(
-    tokenizer: Tokenizer, dataset: Any, batch_size: int = BATCH, watch: Watch = iter
+    tokenizer: Tokenizer, dataset: Any, batch_size: int = BATCH, *, watch: Watch = iter, workers: int = 0
 ) -> dict[str, Evaluator]:
     """What there is to score on the data set: "retrieval", and "zero_shot" where it has classes.
 
@@ -150,11 +151,12 @@ def evaluators(
         dataset: what `open_data` or `open_pairs` returned.
         batch_size: images at a time.
         watch: what the batches go through, to show how far they are.
+        workers: threads that read images ahead.
     """
     if isinstance(dataset, digits.Digits):
         how: dict[str, Any] = {"tokenizer": tokenizer, "scans": dataset}
         return {"zero_shot": partial(digit_accuracy, **how), "retrieval": partial(digit_retrieval, **how)}
-    how = {"tokenizer": tokenizer, "batch_size": batch_size, "watch": watch}
+    how = {"tokenizer": tokenizer, "batch_size": batch_size, "watch": watch, "workers": workers}
     if isinstance(dataset, BenchmarkData):
         if dataset.benchmark.kind == "classification":
             return {"zero_shot": partial(benchmark_accuracy, data=dataset, **how)}
@@ -203,7 +205,7 @@ def digit_retrieval(model: TwoTowers, tokenizer: Tokenizer, scans: digits.Digits
 
 
 def pair_retrieval(
-    model: TwoTowers, tokenizer: Tokenizer, dataset: Any, batch_size: int, watch: Watch = iter
+    model: TwoTowers, tokenizer: Tokenizer, dataset: Any, batch_size: int, *, watch: Watch = iter, workers: int = 0
 ) -> dict[str, float]:
     """Retrieval over the whole data set; samples with one id belong together.
 
@@ -215,6 +217,7 @@ def pair_retrieval(
         dataset: what `open_pairs` returned.
         batch_size: captions at a time.
         watch: what the batches go through.
+        workers: threads that read images ahead.
     Raises:
         DataError: not one pair can be read.
     """
@@ -224,7 +227,7 @@ def pair_retrieval(
     text_ids: list[int] = []
     seen: set[int] = set()
     with evaluating(model) as device:
-        for batch in watch(batches(dataset, tokenizer, batch_size, seed=0, shuffle=False, epochs=1)):
+        for batch in watch(batches(dataset, tokenizer, batch_size, **ORDER, workers=workers)):
             ids = [] if batch.ids is None else batch.ids.tolist()
             texts.append(model.encode_text(batch.text.to(device)).float())
             text_ids += ids
@@ -244,7 +247,13 @@ def pair_retrieval(
 
 
 def benchmark_accuracy(
-    model: TwoTowers, tokenizer: Tokenizer, data: BenchmarkData, batch_size: int, watch: Watch = iter
+    model: TwoTowers,
+    tokenizer: Tokenizer,
+    data: BenchmarkData,
+    batch_size: int,
+    *,
+    watch: Watch = iter,
+    workers: int = 0,
 ) -> dict[str, float]:
     """Zero-shot accuracy on a data set of CLIP_benchmark's, under its names.
 
@@ -254,19 +263,27 @@ def benchmark_accuracy(
         data: a classification.
         batch_size: images at a time.
         watch: what the batches go through.
+        workers: threads that read images ahead.
     Raises:
         DataError: a label is no class's number, or not one image can be read.
     """
     prompts = {str(label): texts for label, texts in enumerate(data.benchmark.prompts)}
     classifier = zero_shot_classifier(model, tokenizer, list(prompts), prompts, batch_size=batch_size)
     labelled = (
-        (image, torch.tensor([_label(text) for text in texts])) for image, texts in _read(data, batch_size, watch)
+        (image, torch.tensor([_label(text) for text in texts]))
+        for image, texts in _read(data, batch_size, watch, workers)
     )
     return zero_shot_accuracy(model, classifier, labelled)
 
 
 def benchmark_retrieval(
-    model: TwoTowers, tokenizer: Tokenizer, data: BenchmarkData, batch_size: int, watch: Watch = iter
+    model: TwoTowers,
+    tokenizer: Tokenizer,
+    data: BenchmarkData,
+    batch_size: int,
+    *,
+    watch: Watch = iter,
+    workers: int = 0,
 ) -> dict[str, float]:
     """Retrieval on a data set of CLIP_benchmark's, whose images have several captions each.
 
@@ -276,13 +293,14 @@ def benchmark_retrieval(
         data: a retrieval.
         batch_size: images at a time.
         watch: what the batches go through.
+        workers: threads that read images ahead.
     Raises:
         DataError: not one image can be read.
     """
     captions: list[list[str]] = []  # of each image
 
     def images() -> Iterator[Tensor]:
-        for image, texts in _read(data, batch_size, watch):
+        for image, texts in _read(data, batch_size, watch, workers):
             captions.extend(text.splitlines() for text in texts)
             yield image
 
@@ -307,11 +325,10 @@ class _Words:
         return torch.empty(len(texts), 0, dtype=torch.int64)
 
 
-def _read(data: BenchmarkData, batch_size: int, watch: Watch) -> Iterator[tuple[Tensor, list[str]]]:
+def _read(data: BenchmarkData, batch_size: int, watch: Watch, workers: int) -> Iterator[tuple[Tensor, list[str]]]:
     """(images [B, 3, H, W], B texts) of the tars, in their order."""
     words = _Words()  # tars are put together batch by batch, so that the texts are those of the batch that is here
-    how: dict[str, Any] = {"seed": 0, "shuffle": False, "epochs": 1, "workers": data.workers}
-    for batch in watch(batches(data.pairs, words, batch_size, **how)):
+    for batch in watch(batches(data.pairs, words, batch_size, **ORDER, workers=workers)):
         yield batch.image, words.texts
 
 

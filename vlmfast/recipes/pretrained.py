@@ -65,12 +65,13 @@ class Pretrained:
     tokenizers: Callable[[], Tokenizer]  # opened only where captions are read
 
     def tokenizer(self, long_captions: str = "truncate") -> Callable[[list[str]], Tensor]:
-        """Captions -> [B, T] int64; with "refuse" a caption that is too long raises ValueError.
+        """Captions -> [B, T] int64, long ones cut off; with "refuse" a caption that is too long raises DataError.
 
         Raises:
             DataError: there is no tokenizer, or it is another model's.
         """
-        return partial(self.tokenizers(), truncate=long_captions == "truncate")
+        tokenizer = self.tokenizers()
+        return tokenizer if long_captions == "truncate" else partial(_refuse_long, tokenizer)
 
     def digest(self) -> str:
         """SHA-256 of what makes two models the same: weights in float32, activations, mean and deviation of pixels.
@@ -169,6 +170,13 @@ def _tokenizers(folder: Path, vocab_size: int) -> Iterator[Path]:
             for place in (spec and spec.submodule_search_locations) or ():
                 if (Path(place) / OPENAI_MERGES).is_file():
                     yield Path(place) / OPENAI_MERGES
+
+
+def _refuse_long(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
+    try:
+        return tokenizer(texts, truncate=False)
+    except ValueError as error:
+        raise DataError(f"--long-captions refuse: {error}") from None
 
 
 def _load_run(path: Path) -> tuple[ClipConfig, Clip, Path]:
