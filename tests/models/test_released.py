@@ -9,14 +9,16 @@ import pytest
 import torch
 
 from vlmfast.errors import DataError
-from vlmfast.models import Clip, config_names, load_config
+from vlmfast.models import Clip, ModifiedResNet, config_names, load_config
 from vlmfast.models.weights import hf
 from vlmfast.models.weights import open_clip as names
 from vlmfast.models.weights.table import outward
 
 OWN = {"CLIP-tiny", "digits"}
 RELEASED = [name for name in config_names() if name not in OWN]
-# name -> [tensors, numbers in them, SHA-256 of their names and shapes], taken from open_clip 3.3.0 by the test below.
+# name -> [tensors, numbers in them, SHA-256 of their names and shapes, and what has no tensor: heads, pooling,
+# activation and eps of the image tower (a ResNet's heads alone), the same of the text tower and whether it is causal],
+# taken from open_clip 3.3.0; a test below looks whether it is true.
 GOLDEN = json.loads((Path(__file__).parent / "open_clip_shapes.json").read_text())
 
 
@@ -31,11 +33,23 @@ def built(name):
         return Clip(load_config(name))
 
 
+def what_has_no_tensor(model):
+    config, vision, text = model.config, model.config.vision_cfg, model.config.text_cfg
+    if isinstance(model.visual, ModifiedResNet):
+        image = [model.visual.attnpool.heads]
+    else:
+        heads = model.visual.transformer.resblocks[0].attn.heads
+        image = [heads, vision.pool_type, config.activation(vision), model.visual.ln_post.eps]
+    block = model.transformer.resblocks[0]
+    return [*image, block.attn.heads, text.pool_type, config.activation(text), block.ln_1.eps, block.attn.causal]
+
+
 @pytest.mark.parametrize("name", RELEASED)
 def test_tensors_are_open_clips(name):
     model = built(name)
     state = model.state_dict()
-    assert fingerprint(outward(state, names.rows(model.config, list(state)))) == GOLDEN[name]
+    shapes = fingerprint(outward(state, names.rows(model.config, list(state))))
+    assert [*shapes, *what_has_no_tensor(model)] == GOLDEN[name]
 
 
 def test_every_released_model_of_openai_is_here():
@@ -44,15 +58,35 @@ def test_every_released_model_of_openai_is_here():
     assert set(GOLDEN) == set(RELEASED)
 
 
+def said_by_open_clip(open_clip, name):
+    """The golden line of a model, from open_clip."""
+    config = open_clip.get_model_config(name)
+    custom = config.pop("custom_text", False)
+    with torch.device("meta"):
+        model = (open_clip.model.CustomTextCLIP if custom else open_clip.model.CLIP)(**config)
+    kinds = {"QuickGELU": "quick_gelu", "GELUTanh": "gelu_tanh", "GELU": "gelu"}
+
+    def tower(block, pool, act, norm):
+        found = getattr(block.mlp, act)
+        kind = "gelu_tanh" if getattr(found, "approximate", "") == "tanh" else kinds[type(found).__name__]
+        return [block.attn.num_heads, pool, kind, getattr(block, norm).eps]
+
+    trunk, text = getattr(model.visual, "trunk", None), getattr(model, "text", model)
+    if trunk is not None:
+        image = tower(trunk.blocks[0], trunk.global_pool, "act", "norm1")
+    elif hasattr(model.visual, "transformer"):
+        image = tower(model.visual.transformer.resblocks[0], model.visual.pool_type, "gelu", "ln_1")
+    else:
+        image = [model.visual.attnpool.num_heads]
+    pool = model.text.pool_type if custom else model.text_pool_type
+    words = tower(text.transformer.resblocks[0], pool, "gelu", "ln_1")
+    return [*fingerprint(model.state_dict()), *image, *words, text.attn_mask is not None]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # another library's
 def test_the_golden_file_is_open_clips(open_clip):
-    for name in RELEASED:
-        config = open_clip.get_model_config(name)
-        custom = config.pop("custom_text", False)
-        with torch.device("meta"):
-            theirs = (open_clip.model.CustomTextCLIP if custom else open_clip.model.CLIP)(**config)
-        assert fingerprint(theirs.state_dict()) == GOLDEN[name], name
+    assert {name: said_by_open_clip(open_clip, name) for name in RELEASED} == GOLDEN
 
 
 PLAIN = [name for name in RELEASED if not name.endswith("-quickgelu")]  # the activation has no tensor
