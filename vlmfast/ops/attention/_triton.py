@@ -34,8 +34,8 @@ PLANS: dict[str, dict[int, tuple[tuple[int, Plan], ...]]] = {
     "sm_80": {
         2: (
             (64, Plan(192, 128, False, Config(128, 64, 0, 8, 2), Config(64, 64, 0, 8, 2))),
-            (80, Plan(128, 128, False, Config(128, 64, 0, 8, 2), Config(64, 64, 0, 8, 2))),
-            (128, Plan(128, 64, False, Config(128, 64, 0, 8, 2), Config(64, 64, 0, 8, 2))),
+            (80, Plan(128, 128, False, Config(128, 64, 0, 8, 2), Config(32, 32, 0, 4, 2))),
+            (128, Plan(64, 64, False, Config(128, 64, 0, 8, 2), Config(64, 64, 0, 8, 2))),
         ),
         4: ((64, Plan(0, 0, False, Config(64, 32, 0, 8, 1), Config(32, 32, 0, 4, 1))),),
     },
@@ -43,7 +43,7 @@ PLANS: dict[str, dict[int, tuple[tuple[int, Plan], ...]]] = {
         2: (
             (64, Plan(288, 128, True, Config(128, 64, 0, 8, 2), Config(64, 64, 0, 4, 2))),
             (80, Plan(256, 128, True, Config(128, 64, 0, 8, 2), Config(64, 64, 0, 4, 2))),
-            (128, Plan(128, 128, True, Config(128, 64, 0, 8, 2), Config(64, 64, 0, 8, 2))),
+            (128, Plan(64, 128, True, Config(128, 64, 0, 8, 2), Config(64, 64, 0, 8, 2))),
         ),
         4: ((64, Plan(0, 0, False, Config(64, 32, 0, 4, 1), Config(64, 32, 0, 8, 1))),),
     },
