@@ -31,6 +31,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vlmfast.ops import _configs, _tiles
 from vlmfast.ops._configs import CANDIDATES, Config
+from vlmfast.ops.attention import _triton as attention
 from vlmfast.ops.hinge_loss import _triton as hinge_loss
 from vlmfast.ops.patch_embedding import _triton as patches
 from vlmfast.ops.sigmoid_loss import _triton as sigmoid_loss
@@ -155,6 +156,22 @@ def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     ):
         name = f"{TYPES[pixels]}, {TYPES[dtype]}" + (f" {precision}" if dtype == torch.float32 else "")
         yield name, partial(patch_embedding, pixels, dtype, precision, patch)
+    for T, K, dtype, packed, causal in (
+        (50, 64, torch.bfloat16, False, False),
+        (77, 64, torch.bfloat16, False, True),
+        (128, 72, torch.bfloat16, False, False),
+        (128, 128, torch.bfloat16, False, True),
+        (257, 64, torch.bfloat16, False, False),
+        (256, 80, torch.bfloat16, False, True),
+        (577, 72, torch.float16, False, False),
+        (577, 128, torch.bfloat16, False, True),
+        (64, 64, torch.bfloat16, True, True),
+        (77, 64, torch.bfloat16, True, True),
+        (256, 80, torch.bfloat16, True, False),
+        (77, 64, torch.float32, True, True),
+    ):
+        name = f"{TYPES[dtype]} T={T} K={K}" + " packed" * packed
+        yield name, partial(attend, T, K, dtype, packed, causal)
 
 
 def candidates(where: str, survey: bool) -> Iterator[tuple[str, Config, Callable[[], Any]]]:
@@ -229,6 +246,16 @@ def patch_embedding(pixels: torch.dtype, dtype: torch.dtype, precision: str, pat
     mean, std = [0.0] * 3, [1.0] * 3
     tokens = patches.forward(x, weight, None, positions[0], positions, mean, std, precision)
     patches.backward(tokens, x, weight, mean, std, False, True, precision)
+
+
+def attend(T: int, K: int, dtype: torch.dtype, packed: bool, causal: bool) -> None:
+    """Forward and backward of attention over sequences of T tokens, or of up to T."""
+    with torch.device("meta"):
+        x = torch.empty(4096, 8, K, dtype=dtype) if packed else torch.empty(64, 8, T, K, dtype=dtype)
+        ends = torch.empty(65, dtype=torch.int32) if packed else None
+    arguments = (ends, T if packed else 0, causal, K**-0.5)
+    out, lse = attention.forward(x, x, x, *arguments)
+    attention.backward(out, x, x, x, out, lse, *arguments)
 
 
 WORKSPACE = 2**27
