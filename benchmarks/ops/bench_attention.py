@@ -3,13 +3,15 @@
     pytest benchmarks/ops/bench_attention.py                                     # the op, one provider after the other
     python benchmarks/ops/bench_attention.py --json FILE                         # op and text tower, interleaved
     python benchmarks/ops/bench_attention.py --what step --batch 32 --rounds 2   # a whole step of ViT-B/32
+    python benchmarks/ops/bench_attention.py --what dense,op --device cuda       # ours beside PyTorch's
 
 Model of the op: 2 * 2 * Σ T² * K * H flops forward (half where causal), 5 products instead of 2 backward; of a tower:
 24 * C² flops a token and layer forward, three times that with backward, which is why tokens that are never computed are
 what counts. Rivals: `scaled_dot_product_attention` padded to the longest with the padding masked, and one call a
 sequence (transformers' way for Qwen-VL); of the tower and the step, ours with packing off and open_clip's model.
 
-Seconds are the process's own, on one thread: those that others take of a shared machine are not counted.
+On the CPU seconds are the process's own, on one thread: those that others take of a shared machine are not counted. On
+a GPU they are its own clock's (vlmfast/bench/meter.py), in bfloat16.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,8 +31,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vlmfast.bench import machine, providers, timing
+from vlmfast.backend import use_backend
+from vlmfast.bench import machine, meter, providers, timing
 from vlmfast.models import build_clip
 from vlmfast.ops.attention import attention
 from vlmfast.ops.softmax_loss import clip_loss
@@ -37,15 +42,75 @@ from vlmfast.ops.softmax_loss import clip_loss
 H, K = 8, 64
 MODEL, CONTEXT = "ViT-B-32-quickgelu", 77
 
-# ---- the op ----------------------------------------------------------------------------------------------------------
+Marks = Callable[..., list[float]]  # calls -> seconds from the first one's start to each one's end
 
 
-def lengths_of(kind: str) -> tuple[list[int], bool]:
-    """(lengths, causal): 32 captions of 15 tokens on average, or images of several sizes in patches of 16 pixels."""
+def cpu_marks(*calls: Callable[[], object]) -> list[float]:
+    start, ends = time.process_time(), []
+    for call in calls:
+        call()
+        ends.append(time.process_time() - start)
+    return ends
+
+
+# ---- the op, dense: a GPU's choice -----------------------------------------------------------------------------------
+
+SHAPES = [(50, 64), (77, 64), (197, 64), (257, 64), (577, 64), (1025, 64), (257, 72), (257, 80), (257, 128)]  # T, K
+
+
+def sdpa(backend: SDPBackend, *qkv: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(*qkv)
+
+
+def on_triton(*qkv: Tensor) -> Tensor:
+    with use_backend("triton"):
+        return attention(*qkv)
+
+
+DENSE: dict[str, Callable[..., Tensor]] = {
+    "vlmfast": attention,
+    "triton": on_triton,
+    "sdpa": F.scaled_dot_product_attention,
+    "sdpa-flash": partial(sdpa, SDPBackend.FLASH_ATTENTION),
+    "sdpa-cudnn": partial(sdpa, SDPBackend.CUDNN_ATTENTION),
+    "sdpa-efficient": partial(sdpa, SDPBackend.EFFICIENT_ATTENTION),
+}
+
+
+def dense_calls(T: int, K: int, heads: int, device: str, marks: Marks) -> dict[str, Callable[[], list[float]]]:
+    """The providers that run here; those that do not say why."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    qkv = torch.randn(heads // 8, T, 3, 8, K, device=device, dtype=dtype).requires_grad_()
+    grad = torch.randn(heads // 8, T, 8, K, device=device, dtype=dtype).transpose(1, 2)
+
+    def passes(provider: str) -> list[float]:
+        out: list[Tensor] = []
+        return marks(
+            lambda: out.append(DENSE[provider](*qkv.permute(2, 0, 3, 1, 4))),
+            lambda: torch.autograd.grad(out.pop(), qkv, grad),
+        )
+
+    calls: dict[str, Callable[[], list[float]]] = {}
+    for provider in DENSE:
+        try:
+            passes(provider)
+        except RuntimeError as why:
+            print(f"dense T={T} K={K}: {provider} cannot run: {str(why).splitlines()[0]}", file=sys.stderr)
+        else:
+            calls[provider] = partial(passes, provider)
+    return calls
+
+
+# ---- the op, packed --------------------------------------------------------------------------------------------------
+
+
+def lengths_of(kind: str, times: int = 1) -> tuple[list[int], bool]:
+    """(lengths, causal): 32 captions of 15 tokens on average, or 8 images of several sizes in patches of 16 pixels."""
     generator = torch.Generator().manual_seed(0)
     if kind == "text":
-        return sorted(torch.randint(5, 26, (32,), generator=generator).tolist()), True
-    sides = torch.randint(6, 20, (8, 2), generator=generator)
+        return sorted(torch.randint(5, 26, (32 * times,), generator=generator).tolist()), True
+    sides = torch.randint(6, 20, (8 * times, 2), generator=generator)
     return sorted(sides.prod(1).tolist()), False
 
 
@@ -56,7 +121,7 @@ def packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) ->
 def padded(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> Tensor:
     """Rows into a padded batch, one call, and back; keys past the end are masked, which causal calls do not need."""
     lengths = cu_seqlens.diff()
-    inside = torch.arange(int(lengths.max())) < lengths[:, None]  # [B, T]
+    inside = torch.arange(int(lengths.max()), device=q.device) < lengths[:, None]  # [B, T]
     dense = []
     for x in (q, k, v):
         rows = x.new_zeros(*inside.shape, H, K)
@@ -80,19 +145,19 @@ def one_by_one(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool
 OPS: dict[str, Callable[..., Tensor]] = {"vlmfast": packed, "padded": padded, "one-by-one": one_by_one}
 
 
-def op_call(provider: str, kind: str) -> Callable[[], tuple[float, float]]:
-    lengths, causal = lengths_of(kind)
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-    generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(sum(lengths), 3, H, K, generator=generator).requires_grad_()
-    grad = torch.randn(sum(lengths), H, K, generator=generator)
+def op_call(provider: str, kind: str, device: str, marks: Marks) -> Callable[[], list[float]]:
+    lengths, causal = lengths_of(kind, 1 if device == "cpu" else 64)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).int()
+    qkv = torch.randn(sum(lengths), 3, H, K, device=device, dtype=dtype).requires_grad_()
+    grad = torch.randn(sum(lengths), H, K, device=device, dtype=dtype)
 
-    def call() -> tuple[float, float]:
-        start = time.process_time()
-        out = OPS[provider](*qkv.unbind(1), cu_seqlens, causal)
-        middle = time.process_time()
-        torch.autograd.grad(out, qkv, grad)
-        return middle - start, time.process_time() - start
+    def call() -> list[float]:
+        out: list[Tensor] = []
+        return marks(
+            lambda: out.append(OPS[provider](*qkv.unbind(1), cu_seqlens, causal)),
+            lambda: torch.autograd.grad(out.pop(), qkv, grad),
+        )
 
     return call
 
@@ -105,7 +170,7 @@ def bench_attention(benchmark, provider, kind):
     flops = 14 * sum(T * T for T in lengths) * H * K // (2 if causal else 1)
     benchmark.group = f"attention, packed {kind}, {sum(lengths)} tokens, {torch.get_num_threads()} threads"
     benchmark.extra_info.update(least_flops=flops, least_moved_bytes=8 * 4 * sum(lengths) * H * K)
-    benchmark.pedantic(op_call(provider, kind), rounds=20, warmup_rounds=2)
+    benchmark.pedantic(op_call(provider, kind, "cpu", cpu_marks), rounds=20, warmup_rounds=2)
 
 
 # ---- the text tower, and a training step -----------------------------------------------------------------------------
@@ -127,9 +192,8 @@ def models() -> dict[str, Any]:
     """Ours, and open_clip's with the same weights where it can be imported."""
     found: dict[str, Any] = {"vlmfast": build_clip(MODEL, seed=0)}
     try:
-        providers._open_clip_losses()  # imports open_clip beside a torchvision of another torch
-        import open_clip
-    except (ImportError, providers.UnavailableError) as why:
+        open_clip = providers.open_clip_module("open_clip")
+    except providers.UnavailableError as why:
         print(f"open_clip: {why}", file=sys.stderr)
     else:
         found["open_clip"] = open_clip.create_model(MODEL)
@@ -137,7 +201,7 @@ def models() -> dict[str, Any]:
     return found
 
 
-def model_calls(what: str, B: int, mean: int) -> dict[str, Callable[[], tuple[float, float]]]:
+def model_calls(what: str, B: int, mean: int) -> dict[str, Callable[[], list[float]]]:
     """name -> a call that returns (forward, forward + backward [+ optimiser]) seconds."""
     text = texts(B, mean)
     generator = torch.Generator().manual_seed(1)
@@ -156,17 +220,16 @@ def model_calls(what: str, B: int, mean: int) -> dict[str, Callable[[], tuple[fl
         labels = torch.arange(B)
         return (F.cross_entropy(logits_per_image, labels) + F.cross_entropy(logits_per_text, labels)) / 2
 
-    def call(name: str, packing: bool | None) -> tuple[float, float]:
-        model = found[name]
-        model.packing = packing
-        model.zero_grad(set_to_none=True)
-        start = time.process_time()
-        loss = loss_of(name, model)
-        middle = time.process_time()
+    def backward(name: str, loss: Tensor) -> None:
         loss.backward()
         if what == "step":
             optimisers[name].step()
-        return middle - start, time.process_time() - start
+
+    def call(name: str, packing: bool | None) -> list[float]:
+        found[name].packing = packing
+        found[name].zero_grad(set_to_none=True)
+        loss: list[Tensor] = []
+        return cpu_marks(lambda: loss.append(loss_of(name, found[name])), lambda: backward(name, loss.pop()))
 
     calls = {"vlmfast": lambda: call("vlmfast", None), "vlmfast, packing off": lambda: call("vlmfast", False)}
     if "open_clip" in found:
@@ -177,7 +240,7 @@ def model_calls(what: str, B: int, mean: int) -> dict[str, Callable[[], tuple[fl
 # ---- interleaved -----------------------------------------------------------------------------------------------------
 
 
-def measure(name: str, calls: dict[str, Callable[[], tuple[float, float]]], rounds: int, seconds: float) -> list[dict]:
+def measure(name: str, calls: dict[str, Callable[[], list[float]]], rounds: int, seconds: float) -> list[dict]:
     """A row for each provider: median, 20th and 80th percentile in ms, and how many times ours its median is."""
     for call in calls.values():
         call()
@@ -205,7 +268,9 @@ def measure(name: str, calls: dict[str, Callable[[], tuple[float, float]]], roun
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--what", default="op,text", help="op, text and step, with commas between")
+    parser.add_argument("--what", default="op,text", help="dense, op, text and step, with commas between")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of dense and op")
+    parser.add_argument("--heads", type=int, default=2048, help="sequences x heads of dense")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--mean", default="15,77", help="mean lengths of captions; 77: all full")
     parser.add_argument("--rounds", type=int, default=3)
@@ -213,11 +278,18 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows = []
+    gpu = meter.Cuda() if options.device == "cuda" else None
+    place = (options.device, gpu.marks if gpu else cpu_marks)
     with timing.threads(1):
         for what in options.what.split(","):
+            if what == "dense":
+                for T, K in SHAPES:
+                    calls = dense_calls(T, K, options.heads, *place)
+                    rows += measure(f"dense, T={T}, K={K}", calls, options.rounds, options.seconds)
+                continue
             if what == "op":
                 for kind in ("text", "images"):
-                    calls = {provider: op_call(provider, kind) for provider in OPS}
+                    calls = {provider: op_call(provider, kind, *place) for provider in OPS}
                     rows += measure(f"packed {kind}", calls, options.rounds, options.seconds)
                 continue
             for mean in map(int, options.mean.split(",")):
@@ -228,7 +300,7 @@ def main() -> int:
             "benchmark": "attention",
             "command": " ".join(["python", *sys.argv]),
             "date": machine.now(),
-            "machine": machine.machine(),
+            "machine": gpu.facts() if gpu else machine.machine(),
             "versions": machine.versions(),
             "commit": machine.commit(),
             "model": MODEL,
