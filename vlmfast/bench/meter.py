@@ -58,6 +58,14 @@ class Cpu:
         call()
         return time.perf_counter() - start
 
+    def marks(self, *calls: Callable[[], object]) -> list[float]:
+        """Seconds from the first call's start to each call's end."""
+        start, ends = time.perf_counter(), []
+        for call in calls:
+            call()
+            ends.append(time.perf_counter() - start)
+        return ends
+
     def timed_pass(self, loss: Callable[[], Tensor], leaves: Sequence[Tensor]) -> tuple[float, float]:
         """(forward, forward + backward) seconds of a pass."""
         return timing.timed_pass(loss, leaves)
@@ -129,14 +137,14 @@ class Cuda:
 
     def timed(self, call: Callable[[], object]) -> float:
         """Seconds of a call on the GPU."""
-        return self._events(call)[0]
+        return self.marks(call)[0]
 
     def timed_pass(self, loss: Callable[[], Tensor], leaves: Sequence[Tensor]) -> tuple[float, float]:
         """(forward, forward + backward) seconds of a pass on the GPU, with graph, into fresh gradients."""
         for leaf in leaves:
             leaf.grad = None
         value: list[Tensor] = []
-        forward, full = self._events(lambda: value.append(loss()), lambda: value.pop().backward())
+        forward, full = self.marks(lambda: value.append(loss()), lambda: value.pop().backward())
         return forward, full
 
     def ceilings(self, dim: int) -> dict[str, Callable[[], float]]:
@@ -154,7 +162,7 @@ class Cuda:
 
         return {"product": product, "copy": copy}
 
-    def _events(self, *calls: Callable[[], object]) -> list[float]:
+    def marks(self, *calls: Callable[[], object]) -> list[float]:
         """Seconds from the first call's start to each call's end."""
         start, *ends = (torch.cuda.Event(enable_timing=True) for _ in range(1 + len(calls)))
         self._cache.zero_()

@@ -370,7 +370,7 @@ def first_line(error: BaseException) -> str:
 def _open_clip(loss: LossName) -> dict[str, LossFn]:
     if loss not in ("clip", "siglip"):
         raise UnavailableError("open_clip has no hinge loss")
-    module = _open_clip_losses()
+    module = open_clip_module("open_clip.loss")
     if loss == "clip":
         clip = module.ClipLoss()
         return {"ClipLoss": lambda image, text, scale, bias: clip(image, text, scale)}
@@ -381,18 +381,25 @@ def _open_clip(loss: LossName) -> dict[str, LossFn]:
 _stand_ins: list[torch.library.Library] = []  # operators live as long as their library object
 
 
-def _open_clip_losses() -> Any:
+def open_clip_module(name: str) -> Any:
+    """A module of open_clip, also beside a torchvision that was built for another torch.
+
+    Args:
+        name: "open_clip", or one inside.
+    Raises:
+        UnavailableError: it cannot be imported.
+    """
     try:
-        return importlib.import_module("open_clip.loss")
+        return importlib.import_module(name)
     except ImportError as error:
         raise UnavailableError(f"{error}; pip install open_clip_torch brings open_clip") from error
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise UnavailableError(f"open_clip cannot be imported: {error}") from error
-    # A torchvision built for another torch stops open_clip's import, but its losses use nothing of torchvision: declare
-    # the two operators that torchvision misses and import again.
+    # Such a torchvision stops open_clip's import, but its losses and towers use nothing of it: declare the two
+    # operators that torchvision misses and import again.
     library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    for operator in ("nms", "qnms"):
+        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _stand_ins.append(library)
-    return importlib.import_module("open_clip.loss")
+    return importlib.import_module(name)

@@ -37,10 +37,15 @@ class Row:
     rounds: int | None = None
     forward_ms: Spread | None = None  # with the graph, as a training step runs it
     backward_ms: Spread | None = None
-    full_ms: Spread | None = None  # forward + backward
+    full_ms: Spread | None = None  # forward + backward; of a training step: all of it
+    cpu_ms: Spread | None = None  # of a training step on a processor: the process's own time, by thread
+    parts_ms: dict[str, Spread] | None = None  # of a training step: of its own time on a processor
+    samples_per_s: float | None = None  # of a training step, on a processor of its own time; and images a second
+    images_per_s: float | None = None  # through the forward of the image tower, likewise
+    features_apart: float | None = None  # longest difference of unit rows of features from ours in float32
     forward_gflops: float | None = None  # the flops that a forward cannot do without / its median time / 1e9
     gflops: float | None = None  # the loss's least flops / median time of forward + backward / 1e9
-    peak_share: float | None = None  # gflops / the report's peak_gflops
+    peak_share: float | None = None  # gflops / the report's peak_gflops; of a training step, to the highest of those
     extra_bytes: int | None = None  # highest memory of a pass (resident set, or allocated on the GPU), beyond inputs
     process_bytes: int | None = None  # and gradients; and in all
     loss: float | None = None
@@ -50,6 +55,7 @@ class Row:
     recall: float | None = None  # of top k: the share of the exact top k that was found
     forward_ratio: float | None = None  # this provider's median / vlmfast's: above 1, vlmfast is faster
     full_ratio: float | None = None
+    cpu_ratio: float | None = None
     memory_ratio: float | None = None  # this provider's extra bytes / vlmfast's
 
     @property
@@ -92,6 +98,8 @@ def set_ratios(rows: Sequence[Row]) -> None:
             row.forward_ratio = row.forward_ms.median / us.forward_ms.median
         if row.full_ms and us.full_ms:
             row.full_ratio = row.full_ms.median / us.full_ms.median
+        if row.cpu_ms and us.cpu_ms:
+            row.cpu_ratio = row.cpu_ms.median / us.cpu_ms.median
         if row.extra_bytes is not None and us.extra_bytes:
             row.memory_ratio = row.extra_bytes / us.extra_bytes
 
@@ -222,6 +230,8 @@ def headline(report: Report) -> str:
     shape = f"D={config['dim']}"
     if "queries" in config:
         shape = f"{config['queries']} queries, k={config['k']}, {shape}"
+    if "caption_length" in config:
+        shape = f"captions of {config['mean_tokens']:.1f} tokens"
     where = device_name(report)
     if "gpu" not in facts:
         threads = f"{config['threads']} thread{'s' if config['threads'] != 1 else ''}"
@@ -268,6 +278,9 @@ def notes(report: Report, batch: int) -> str:
     ran = ", ".join(f"{row.provider}: {row.form}" for row in rows if row.form and not row.reason)
     lines = [f"({ran})"] * bool(ran) + [f"{row.provider} did not run: {row.reason}" for row in rows if row.reason]
     for row in rows:
+        if row.parts_ms:
+            parts = ", ".join(f"{name} {ms.median:.4g}" for name, ms in row.parts_ms.items())
+            lines.append(f"{row.provider}, ms: {parts}")
         missing = [name for name, error in (row.gradient_errors or {}).items() if error is None]
         lines += [f"{row.provider} gives no gradient of {' and '.join(missing)}"] * bool(missing)
     return "\n".join(lines)
@@ -277,6 +290,8 @@ def legend(report: Report) -> str:
     """What the table's columns mean, and what could not be measured."""
     of_cpu = "peak resident memory of a pass beyond inputs and gradients, in a fresh process; in all: all of it."
     of_gpu = "peak of PyTorch's allocator during a pass beyond inputs and gradients; in all: with them."
+    if "caption_length" in report.config:
+        return _step_legend(report)
     lines = [
         "x: the provider's / vlmfast's. FLOP/s count the flops that the loss cannot do without. Errors are "
         "relative, against float64 on the same inputs.",
@@ -285,6 +300,16 @@ def legend(report: Report) -> str:
     if report.memory_reason:
         lines.append(f"Memory was not measured: {report.memory_reason}.")
     return "\n".join(lines)
+
+
+def _step_legend(report: Report) -> str:
+    own = ", and parts and rates of it alone" * ("gpu" not in report.machine)
+    unmeasured = f"\nMemory was not measured: {report.memory_reason}." * bool(report.memory_reason)
+    return (
+        f"x: the provider's / vlmfast's. The processor's ms are the process's own, by thread{own}. FLOP/s count the "
+        "products of real tokens, forward and twice that. images/s: the image tower's forward.\nextra MiB: peak of a "
+        f"step beyond weights and optimizer state; in all: with them.{unmeasured}"
+    )
 
 
 def _check_columns(path: Path) -> bool:
@@ -308,6 +333,10 @@ def _cells(row: Row, tera: bool = False) -> dict[str, str]:
         "fwd + bwd ms" if row.forward_ms else "ms": number(full.median if full else None, ".4g"),
         "p20-p80": f"{full.p20:.4g}-{full.p80:.4g}" if full else "-",
         "x time": number(row.full_ratio, ".2f"),
+        "processor's ms": number(row.cpu_ms.median if row.cpu_ms else None, ".4g"),
+        "x processor": number(row.cpu_ratio, ".2f"),
+        "samples/s": number(row.samples_per_s, ".4g"),
+        "images/s": number(row.images_per_s, ".4g"),
         f"forward {unit}": number(row.forward_gflops if tera else None, ".0f", per),
         unit: number(row.gflops, ".0f", per),
         "of peak": number(row.peak_share, ".0%"),
@@ -317,4 +346,5 @@ def _cells(row: Row, tera: bool = False) -> dict[str, str]:
         "recall": number(row.recall, ".4f"),
         "value err" if row.recall is not None else "loss err": number(row.loss_error, ".0e"),
         "grad err": number(row.gradient_error, ".0e"),
+        "features apart": number(row.features_apart, ".0e"),
     }
