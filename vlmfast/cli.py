@@ -25,6 +25,7 @@ COMMANDS = (
     "search",
     "bench loss",
     "bench topk",
+    "bench model",
     "bench report",
     "tune",
     "doctor",
