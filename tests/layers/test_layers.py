@@ -161,3 +161,24 @@ def test_packing_says_where_every_token_is():
 def test_equal_lengths_are_not_packed():
     assert pack(torch.tensor([7, 7, 7])) is None
     assert pack(torch.tensor([7])) is None
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dense", [True, False])
+def test_pooled_tokens_alone_are_the_same_tokens(dense, checkpointing):
+    """And the last perceptron has seen no other."""
+    stack = Transformer(2, 16, 2, 4.0, "gelu").double()
+    stack.checkpointing = checkpointing
+    x = torch.randn(*((3, 7) if dense else (21,)), 16, dtype=torch.float64, requires_grad=True)
+    packed = () if dense else (torch.tensor([0, 4, 21], dtype=torch.int32), 17)
+    pooled, rows = torch.tensor([20, 0, 9, 9]), []
+    expected = stack(x, *packed).reshape(21, 16)[pooled]
+    handle = stack.resblocks[-1].mlp.register_forward_hook(lambda _m, _i, out: rows.append(out.shape[:-1]))
+    ours = stack(x, *packed, pooled=pooled)
+    handle.remove()
+    assert rows == [(4,)]
+    assert_close(ours, expected, **EXACT64)
+    leaves, upstream = [x, *stack.parameters()], torch.randn(4, 16, dtype=torch.float64)
+    both = (torch.autograd.grad(value, leaves, upstream) for value in (ours, expected))
+    for a, b in zip(*both, strict=True):
+        assert_close(a, b, rtol=1e-11, atol=1e-11)

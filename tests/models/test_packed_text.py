@@ -141,3 +141,26 @@ def test_in_bfloat16_packing_rounds_no_worse():
         model.packing = packing
         errors.append(float((model.encode_text(text).detach().double() - expected).norm() / expected.norm()))
     assert errors[0] < 1.5 * errors[1]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("name", ["token_embedding", "ln_final"])
+def test_who_looks_beside_the_transformer_sees_padded_texts_too(name, packing):
+    model, text, shapes = tower(), some_texts(), []
+    model.packing = None if packing else False
+    handle = model.get_submodule(name).register_forward_hook(lambda _m, _i, out: shapes.append(tuple(out.shape)))
+    model.encode_text(text)
+    handle.remove()
+    assert shapes == [(len(ENDS), max(ENDS) + 1, 32)]
+
+
+def test_an_image_tower_s_last_perceptron_sees_the_class_tokens_alone():
+    model, rows = tower(), []
+    image = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+    forward = model.visual.transformer.resblocks[-1].mlp.forward
+    model.visual.transformer.resblocks[-1].mlp.forward = lambda x: rows.append(x.shape[:-1]) or forward(x)
+    pooled = model.encode_image(image)
+    assert_close(
+        pooled, model.visual.ln_post(model.visual.tokens(image)[:, 0]) @ model.visual.proj, rtol=1e-5, atol=1e-5
+    )
+    assert rows == [(5,), (5, 2)]

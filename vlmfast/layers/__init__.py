@@ -4,7 +4,7 @@ from vlmfast.layers.attention import Attention
 from vlmfast.layers.embed import PatchEmbedding
 from vlmfast.layers.mlp import ACTIVATIONS, Mlp, quick_gelu
 from vlmfast.layers.norm import LayerNorm
-from vlmfast.layers.packing import Packing, pack
+from vlmfast.layers.packing import Packing, looked_into, pack
 from vlmfast.layers.transformer import Block, LayerScale, Transformer
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Packing",
     "PatchEmbedding",
     "Transformer",
+    "looked_into",
     "pack",
     "quick_gelu",
 ]

@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def looked_into(*modules: nn.Module) -> bool:
+    """Whether a forward hook sits on one of `modules` or a part of one: its owner expects all tokens, [B, T, C]."""
+    return any(part._forward_hooks or part._forward_pre_hooks for module in modules for part in module.modules())
 
 
 class Packing(NamedTuple):

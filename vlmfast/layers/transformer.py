@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vlmfast.layers.attention import Attention
+from vlmfast.layers.attention import Attention, take
 from vlmfast.layers.mlp import Mlp
 from vlmfast.layers.norm import LayerNorm
 
@@ -48,7 +48,8 @@ class Block(nn.Module):
         layer_scale: what `ls_1` and `ls_2` start at; None: there are none.
         x: [B, T, C] floating; or packed sequences [tokens, C], with
         cu_seqlens, max_seqlen: of `vlmfast.attention`.
-    Returns: the shape of x.
+        pooled: [N] int64, the only tokens whose outcome is wanted, numbered from 0 through all sequences; None: all.
+    Returns: the shape of x, or [N, C] where `pooled` is given.
     """
 
     def __init__(
@@ -70,8 +71,14 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio), activation)
         self.ls_2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None) -> Tensor:
-        x = x + self.ls_1(self.attn(self.ln_1(x), cu_seqlens, max_seqlen))
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        pooled: Tensor | None = None,
+    ) -> Tensor:
+        x = take(x, pooled) + self.ls_1(self.attn(self.ln_1(x), cu_seqlens, max_seqlen, pooled))
         return x + self.ls_2(self.mlp(self.ln_2(x)))
 
 
@@ -83,7 +90,9 @@ class Transformer(nn.Module):
         width, heads, mlp_ratio, activation, causal, eps, layer_scale: as for `Block`.
         x: [B, T, C] floating; or packed sequences [tokens, C] of any lengths, with
         cu_seqlens, max_seqlen: of `vlmfast.attention`.
-    Returns: the shape of x, before any final normalisation.
+        pooled: [N] int64, the only tokens that the last block is to give, numbered from 0 through all sequences. Their
+            keys and values are still all tokens', but its perceptron is spared all others. None: all.
+    Returns: the shape of x, or [N, C] where `pooled` is given, before any final normalisation.
 
     `checkpointing = True` keeps only each block's input for the backward, which runs the block a second time.
     """
@@ -107,10 +116,17 @@ class Transformer(nn.Module):
             for _ in range(layers)
         )
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None) -> Tensor:
-        for block in self.resblocks:
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        pooled: Tensor | None = None,
+    ) -> Tensor:
+        for i, block in enumerate(self.resblocks, 1):
+            wanted = pooled if i == len(self.resblocks) else None
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cu_seqlens, max_seqlen, use_reentrant=False)
+                x = checkpoint(block, x, cu_seqlens, max_seqlen, wanted, use_reentrant=False)
             else:
-                x = block(x, cu_seqlens, max_seqlen)
+                x = block(x, cu_seqlens, max_seqlen, wanted)
         return x

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmfast.errors import DataError, DTypeError, ShapeError
-from vlmfast.layers import LayerNorm, Packing, Transformer, pack
+from vlmfast.layers import LayerNorm, Packing, Transformer, looked_into, pack
 
 POOLS = ("argmax", "eos", "last", "first")
 
@@ -61,12 +61,13 @@ class TextTower(nn.Module):
 
     The end-of-text token must therefore have the highest id of its row. CLIP's transformer is causal, so that what
     comes after that token changes nothing: it is never computed. The tokens up to it, of all texts, are packed into one
-    stream, and of the last block's output the end-of-text tokens alone are normalised. Where it is exact (causal, pool
+    stream, and the last block's perceptron runs on the end-of-text tokens alone. Where packing is exact (causal, pool
     "argmax" or "eos"), the attribute `packing` decides:
         True: texts are packed. A GPU is waited for once, for the number of tokens and the longest text.
         False: they are not. On the CPU, the columns after the last end-of-text token are cut off all the same.
         None, the default: as True, unless somebody looks inside and expects [B, T, C] there (a forward hook on the
-            transformer or a part of it), or the call is compiled (each number of tokens would compile anew).
+            embedding, the transformer or a part of it, ln_final), or the call is compiled (each number of tokens would
+            compile anew).
 
     Args:
         config: sizes.
@@ -135,24 +136,30 @@ class TextTower(nn.Module):
         on_cpu = text.device.type == "cpu" and not torch.compiler.is_compiling()
         if on_cpu:
             self._check_ids(text)
-        if self._packs() and (packing := pack(end + 1)) is not None:
-            return self.project(self._packed(text, packing))
+        seen = looked_into(self.token_embedding, self.transformer, self.ln_final)
+        if self._packs(seen) and (packing := pack(end + 1)) is not None:
+            return self.project(self.ln_final(self._packed(text, packing)))
         if on_cpu and self.text_config.ends_early:
             text = text[:, : int(end.max()) + 1]
-        return self.project(self.tokens(text)[torch.arange(len(text), device=text.device), end])
+        B, T = text.shape
+        if seen:
+            return self.project(self.tokens(text)[torch.arange(B, device=text.device), end])
+        pooled = torch.arange(B, device=text.device) * T + end
+        return self.project(self.ln_final(self.transformer(self._embed(text), pooled=pooled)))
 
-    def _packs(self) -> bool:
+    def _packs(self, seen: bool) -> bool:
         if self.packing is not None or not self.text_config.ends_early:
             return bool(self.packing) and self.text_config.ends_early
-        looked_at = any(m._forward_hooks or m._forward_pre_hooks for m in self.transformer.modules())
-        return not looked_at and not torch.compiler.is_compiling()
+        return not seen and not torch.compiler.is_compiling()
 
     def _packed(self, text: Tensor, packing: Packing) -> Tensor:
-        """The pooled tokens' features after ln_final [B, C], from the tokens up to them alone."""
+        """The pooled tokens' features before ln_final [B, C], from the tokens up to them alone."""
         x = self.token_embedding(text[packing.rows, packing.places])  # [tokens, C]
         x = x + F.embedding(packing.places, self.positional_embedding)
-        x = self.transformer(x, packing.cu_seqlens, packing.max_seqlen)
-        return self.ln_final(x[packing.last])
+        return self.transformer(x, packing.cu_seqlens, packing.max_seqlen, packing.last)
+
+    def _embed(self, text: Tensor) -> Tensor:
+        return self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
 
     def end(self, text: Tensor) -> Tensor:
         """The place [B] int64 of the token that is pooled, for token ids [B, T]."""
@@ -171,8 +178,7 @@ class TextTower(nn.Module):
 
     def tokens(self, text: Tensor) -> Tensor:
         """Every token's features after ln_final: [B, T, C]; token t has seen tokens 0 .. t."""
-        x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
-        return self.ln_final(self.transformer(x))
+        return self.ln_final(self.transformer(self._embed(text)))
 
     def _check(self, text: Tensor) -> None:
         if text.dim() != 2 or not text.numel():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmfast.errors import DataError, DTypeError, ShapeError
-from vlmfast.layers import LayerNorm, Mlp, PatchEmbedding, Transformer
+from vlmfast.layers import LayerNorm, Mlp, PatchEmbedding, Transformer, looked_into
 
 POOLS = ("tok", "avg", "map")
 Group: TypeAlias = list[nn.Module | nn.Parameter | None]  # of parameters that are frozen together
@@ -127,6 +127,14 @@ class ViT(nn.Module):
         self.proj = None if mapped else nn.Parameter(scale * torch.randn(C, embed_dim))
 
     def forward(self, image: Tensor) -> Tensor:
+        if (
+            self.config.pool_type == "tok"
+            and self.attn_pool is None
+            and not looked_into(self.transformer, self.ln_post)
+        ):
+            x = self._embed(image)
+            first = torch.arange(0, x.shape[:2].numel(), x.shape[1], device=x.device)  # of each image: the class token
+            return self.ln_post(self.transformer(x, pooled=first)) @ self.proj
         x = self.tokens(image)
         if self.attn_pool is not None:
             return self.attn_pool(self.ln_post(x))
@@ -140,6 +148,10 @@ class ViT(nn.Module):
 
     def tokens(self, image: Tensor) -> Tensor:
         """The last block's output [B, 1 + P, C], not normalised: the class token, then patches in reading order."""
+        return self.transformer(self._embed(image))
+
+    def _embed(self, image: Tensor) -> Tensor:
+        """What the first block takes [B, 1 + P, C]."""
         check_image(image, self.config.image_hw)
         rows, columns = self.config.grid
         p = self.config.patch_size
@@ -151,7 +163,7 @@ class ViT(nn.Module):
             x = x + self.positional_embedding
         else:
             x = self.conv1(image, self.class_embedding, self.positional_embedding)
-        return self.transformer(self.ln_pre(x))
+        return self.ln_pre(x)
 
     def groups(self) -> list[Group]:
         """What `Clip.lock_image_tower` unlocks from the end, as open_clip groups it: embeddings, blocks, projection."""
