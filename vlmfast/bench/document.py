@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmfast.bench.loss import LossBench
+from vlmfast.bench.model import ModelBench
 from vlmfast.bench.providers import TITLES, BenchError
 from vlmfast.bench.report import MIB, Report, Row, device_name, set_ratios, write_plot
 from vlmfast.bench.timing import Spread
@@ -21,7 +22,7 @@ from vlmfast.bench.topk import TopkBench
 
 BLOCK = re.compile(r"<!-- results: ([^\s,]+)(?:, B = ([\d, ]+?))? -->\n(.*?)<!-- end of results -->", re.S)
 RENAMED = {"microkernel_gflops": "peak_gflops", "microkernel_share": "peak_share"}  # of the first schema
-SPREADS = ("forward_ms", "backward_ms", "full_ms")
+SPREADS = ("forward_ms", "backward_ms", "full_ms", "cpu_ms")
 ABSENT = "–"
 
 
@@ -65,7 +66,10 @@ def tables(path: Path, batches: Sequence[int] | None = None, link: str | None = 
     groups: dict[tuple, list[Report]] = {}
     for report in reports:
         groups.setdefault((_heading(report), str(report.config.get("device"))), []).append(report)
-    parts = [_table(group, batches) for group in groups.values()]
+    parts = [
+        *(_table(group, batches) for group in groups.values() if "caption_length" not in group[0].config),
+        *(_step_table(report) for report in reports if "caption_length" in report.config),
+    ]
     first = reports[0]
     sha = f", commit {first.commit['sha'][:7]}" if first.commit else ""
     changed = " with changes" if first.commit and first.commit["dirty"] else ""
@@ -128,7 +132,9 @@ def _report(read: dict[str, Any]) -> Report:
 def _row(read: dict[str, Any]) -> Row:
     values = {RENAMED.get(name, name): value for name, value in read.items()}
     for name in SPREADS:
-        values[name] = Spread(**values[name]) if values[name] else None
+        values[name] = Spread(**values[name]) if values.get(name) else None
+    if values.get("parts_ms"):
+        values["parts_ms"] = {name: Spread(**each) for name, each in values["parts_ms"].items()}
     return Row(**values)
 
 
@@ -137,7 +143,8 @@ def _merged(reports: Sequence[Report]) -> list[Report]:
     found: dict[str, Report] = {}
     for report in reports:
         same = {name: report.config.get(name) for name in ("device", "threads", "dim", "dtype", "k", "queries")}
-        key = json.dumps([report.kernel, same, report.config.get("precision"), report.config.get("max_workspace")])
+        more = [report.config.get(name) for name in ("precision", "max_workspace", "caption_length", "batch")]
+        key = json.dumps([report.kernel, same, more if "caption_length" in report.config else more[:2]])
         if key in found:
             into = found[key]
             into.rows = sorted([*into.rows, *report.rows], key=lambda row: row.batch)
@@ -156,15 +163,24 @@ def _command(path: Path, reports: Sequence[Report]) -> str:
     if "command" in read:
         return f"`{read['command']}`"
     config = reports[0].config
-    command, bench = ("topk", TopkBench) if "queries" in config else ("loss", LossBench)
+    command, bench = _bench(config)
     unsaid = {field.name: field.default for field in fields(bench)}
-    always = ("loss", "batch", "dim", "threads", "queries", "items", "k")
+    always = ("loss", "batch", "dim", "threads", "queries", "items", "k", "model", "caption_length")
     words = [
         f"--{name.replace('_', '-')} {value:g}" if isinstance(value, float) else f"--{name.replace('_', '-')} {value}"
         for name, value in config.items()
-        if (name in always or value != unsaid.get(name)) and not (name == "threads" and config["device"] == "cuda")
+        if name in unsaid
+        and (name in always or value != unsaid.get(name))
+        and not (name == "threads" and config["device"] == "cuda")
     ]
     return f"`vlmfast bench {command} {' '.join(words)}`"
+
+
+def _bench(config: dict[str, Any]) -> tuple[str, type]:
+    """The command, and its config."""
+    if "caption_length" in config:
+        return "model", ModelBench
+    return ("topk", TopkBench) if "queries" in config else ("loss", LossBench)
 
 
 def _heading(report: Report) -> str:
@@ -216,21 +232,52 @@ def _table(reports: Sequence[Report], batches: Sequence[int] | None) -> str:
     return "\n".join(text) + ("\n\n" + notes if notes else "")
 
 
+def _step_table(report: Report) -> str:
+    """One table: a line a provider, then who did not run."""
+    config, rows = report.config, report.rows
+    said = [Path(config["model"]).stem, config["precision"], f"B = {config['batch']}"]
+    said.append(f"captions of {config['mean_tokens']:.1f} tokens")
+    said += [f"{config['threads']} threads"] * (config["device"] == "cpu" and config["threads"] > 1)
+    own = "gpu" not in report.machine
+    header = [", ".join(said), "ms", *["processor's ms"] * own, "samples/s", "images/s", f"of {report.peak_of}"]
+    header += ["extra MiB", "in all MiB", "ms of its parts"]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for row in rows:
+        if not row.parts_ms:
+            continue
+        cells = [row.provider, _time(row)]
+        cells += [_multiple(row, row.cpu_ms, row.cpu_ratio)] * own
+        cells += [ABSENT if rate is None else _number(rate, 3) for rate in (row.samples_per_s, row.images_per_s)]
+        cells.append(_share(row.peak_share))
+        cells += [ABSENT if n is None else _number(n / MIB, 3) for n in (row.extra_bytes, row.process_bytes)]
+        cells.append(", ".join(f"{name} {_number(ms.median, 3)}" for name, ms in row.parts_ms.items()))
+        lines.append("| " + " | ".join(cells) + " |")
+    absent = [f"- {row.provider} did not run: {row.reason}" for row in rows if row.reason]
+    return "\n".join(lines) + "\n" * bool(absent) + "".join(f"\n{line}" for line in absent)
+
+
 def _point(report: Report, batch: int) -> str:
     return f"D = {report.config['dim']}, {'N' if 'queries' in report.config else 'B'} = {batch}"
 
 
 def _time(row: Row | None) -> str:
     """Milliseconds, and for a rival how many times ours that is."""
-    if row is None or row.full_ms is None:
+    return ABSENT if row is None else _multiple(row, row.full_ms, row.full_ratio)
+
+
+def _multiple(row: Row, ms: Spread | None, ratio: float | None) -> str:
+    if ms is None:
         return ABSENT
-    ratio = f" ({row.full_ratio:.2f}×)" if row.full_ratio and row.provider != "vlmfast" else ""
-    return _number(row.full_ms.median, 3) + ratio
+    return _number(ms.median, 3) + (f" ({ratio:.2f}×)" if ratio and row.provider != "vlmfast" else "")
+
+
+def _share(share: float | None) -> str:
+    return f"{share:.0%}".replace("%", " %") if share else ABSENT
 
 
 def _rates(ours: Row | None, peak: Spread | None, tera: bool, of: str) -> dict[str, str]:
     """Column -> what ours does a second, and its share of the machine's own."""
-    share = f"{ours.peak_share:.0%}".replace("%", " %") if ours and ours.peak_share else ABSENT
+    share = _share(ours.peak_share if ours else None)
     if not tera:
         return {f"of {of}": share}
 

@@ -195,7 +195,7 @@ def _blocks(layers: int, C: int, mlp_ratio: float, lengths: Iterable[int]) -> fl
     return layers * sum(T * (2 * C * C * (4 + 2 * mlp_ratio) + 4 * T * C) for T in lengths)
 
 
-def trained(provider: str, config: ModelBench, weights: Clip) -> Trained:
+def trained(provider: str, config: ModelBench, weights: Clip, device: torch.device) -> Trained:
     """A provider's model with these weights, ready for a step. Its learning rate is 0: every step is the same one.
 
     Each provider has the optimizer of its own trainer: ours PyTorch's fused AdamW, open_clip's PyTorch's default.
@@ -204,12 +204,13 @@ def trained(provider: str, config: ModelBench, weights: Clip) -> Trained:
         provider: one of PROVIDERS.
         config: what to run.
         weights: on the processor.
+        device: of the model.
     Raises:
         UnavailableError: open_clip cannot be imported, or does not take the weights.
     """
     biased = weights.logit_bias is not None
     if provider == "vlmfast":
-        model = copy.deepcopy(weights).to(config.device)
+        model = copy.deepcopy(weights).to(device)
         loss = partial(siglip_loss if biased else clip_loss, normalize=False)
         return Trained(model, torch.optim.AdamW(model.parameters(), lr=0.0, fused=True), loss)
     open_clip = open_clip_module("open_clip")
@@ -220,9 +221,9 @@ def trained(provider: str, config: ModelBench, weights: Clip) -> Trained:
         theirs.load_state_dict(weights.state_dict())
     except RuntimeError as error:
         raise UnavailableError(f"open_clip's {config.model} is another model: {first_line(error)}") from error
-    theirs = theirs.to(config.device).train()
+    theirs = theirs.to(device).train()
     mean, std = (
-        torch.tensor(each, device=config.device).view(3, 1, 1)
+        torch.tensor(each, device=device).view(3, 1, 1)
         for each in (weights.config.image_mean, weights.config.image_std)
     )
     return Trained(
@@ -299,9 +300,9 @@ def one_step(provider: str, config: dict[str, Any]) -> Callable[[], object]:
         settings.caption_length, settings.batch, clip.config.text_cfg.context_length, settings.seed
     )
     image, text = random_batch(clip.config, lengths, settings.seed)
-    of = trained(provider, settings, clip)
-    del clip
     cpu = torch.device("cpu")
+    of = trained(provider, settings, clip, cpu)
+    del clip
     # A compiled model belongs to one batch size, and compiling it is not part of a step.
     few = len(image) if of.forward else 2
     _take(step_parts(of, image[:few], text[:few], cpu, settings.precision))
@@ -331,7 +332,7 @@ def _run(
     weights = build_clip(clip, seed=config.seed)
     image, text = random_batch(clip, lengths, config.seed)
     features = _features(weights, image, text)
-    if isinstance(gauge, Cuda) and torch.cuda.is_available():
+    if gauge.device.type == "cuda":
         image, text = image.pin_memory(), text.pin_memory()
     ready: dict[str, tuple[Trained, dict[str, Callable[[], object]]]] = {}
     for name, row in rows.items():
@@ -339,7 +340,7 @@ def _run(
         try:
             if spent():
                 raise UnavailableError("left out: the time for this was spent")
-            of = trained(name, config, weights)
+            of = trained(name, config, weights, gauge.device)
             row.features_apart = _apart(of, image, text, gauge, features)
             parts = step_parts(of, image, text, gauge.device, config.precision)
             _take(parts)
