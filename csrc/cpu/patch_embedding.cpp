@@ -216,13 +216,10 @@ void backward_in_bytes(const Geometry& g, const float* grad, float* dweight) {
   const int threads = g.threads();
   const Scratch<uint8_t> x(Kp * most_groups * 4);
   const Scratch<int64_t> at(M);
-  const Scratch<double> totals(panels * BYTE_COLUMNS, 0.0);
   const Scratch<float> factor(Kp, 0.0f);
   for (int64_t k = 0; k < K; ++k) factor[k] = g.call.scale[k / g.L];
-  std::memset(dweight, 0, size_t(H * K) * sizeof(float));
   for (int64_t n0 = 0; n0 < g.N; n0 += M) {
     const int64_t m = g.N - n0 < M ? g.N - n0 : M, groups = (m + 3) / 4;
-    const bool last = n0 + m == g.N;
     for (int64_t r = 0; r < m; ++r) at[r] = g.token_of(n0 + r);
     in_ranges(threads, groups, 1, [&](int64_t begin, int64_t end) {
       const Scratch<uint8_t> rows(4 * Kp, 0);
@@ -240,16 +237,18 @@ void backward_in_bytes(const Geometry& g, const float* grad, float* dweight) {
         [&](int64_t p, const Scratch<int8_t>& digits) {
           const int64_t h0 = p * BYTE_COLUMNS, columns = H - h0 < BYTE_COLUMNS ? H - h0 : BYTE_COLUMNS;
           float unit[BYTE_COLUMNS];
-          bytes.gradient_digits(grad + h0, at, m, columns, digits, unit, totals + h0);
+          double totals[BYTE_COLUMNS] = {};
+          bytes.gradient_digits(grad + h0, at, m, columns, digits, unit, totals);
           float* out = dweight + h0 * K;
+          for (int64_t h = 0; h < columns; ++h)
+            for (int64_t k = 0; k < K; k += g.L) {
+              const float shift = float(double(g.call.shift[k / g.L]) * totals[h]);
+              float* to = out + h * K + k;
+              for (int64_t l = 0; l < g.L; ++l) to[l] = n0 == 0 ? shift : to[l] + shift;
+            }
           for (int64_t k = 0; k < K; k += 16)
             bytes.add_products(groups, x + k * groups * 4, digits, unit, factor + k, K - k < 16 ? K - k : 16, columns,
                                out + k, K);
-          for (int64_t h = 0; last && h < columns; ++h)
-            for (int64_t c = 0; c < g.C; ++c) {
-              const float shift = float(double(g.call.shift[c]) * totals[h0 + h]);
-              for (int64_t l = 0; l < g.L; ++l) out[h * K + c * g.L + l] += shift;
-            }
         });
   }
 }

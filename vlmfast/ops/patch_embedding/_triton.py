@@ -15,7 +15,7 @@ from torch import Tensor
 from vlmfast.ops import _tiles
 from vlmfast.ops._configs import Config
 from vlmfast.ops._tiles import cdiv, tl, triton
-from vlmfast.ops.patch_embedding.reference import empty_tokens, pixel_gradient, write_class_token
+from vlmfast.ops.patch_embedding.reference import empty_tokens, numbers, pixel_gradient, write_class_token
 
 # Of the forward's tiles (patches, features, depth of a step), the backward's being (features, pixels, patches): for
 # numbers of 16 bits, for those made of two, and for float32 itself. The compile gates say that they spill nothing; they
@@ -144,9 +144,8 @@ class _Call:
 
 def _per_channel(mean: Sequence[float], std: Sequence[float], device: torch.device) -> tuple[Tensor, Tensor]:
     """What a pixel is multiplied with, and what is added then: [C] each."""
-    both = [[1 / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)]]
-    scale, shift = torch.tensor(both, dtype=torch.float32, device=device)
-    return scale, shift
+    scale, shift = [1 / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
+    return numbers(scale, torch.float32, device), numbers(shift, torch.float32, device)
 
 
 # Pieces of kernels

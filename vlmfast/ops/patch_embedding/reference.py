@@ -72,14 +72,18 @@ def pixel_gradient(
 ) -> Tensor:
     """The gradient of the pixels, in the shape of `patches`: one plain product, which PyTorch's own is right for."""
     acc, B, P = accumulator(patches, weight), len(patches), patches.shape[1:4].numel()
-    per_channel = torch.tensor(std, dtype=acc, device=weight.device)[:, None, None, None]
-    w = (weight.to(acc) / per_channel).flatten(1)
+    w = (weight.to(acc) / numbers(std, acc, weight.device)[:, None, None, None]).flatten(1)
     step = max(1, CHUNK // (P * w.shape[1]))
     dpatches = torch.empty(patches.shape, dtype=patches.dtype, device=patches.device)
     for b in range(0, B, step):
         dx = grad[b : b + step, grad.shape[1] - P :].to(acc) @ w
         dpatches[b : b + step] = dx.view(-1, *patches.shape[1:])
     return dpatches
+
+
+def numbers(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[len(values)], without a copy from the host, which a CUDA graph could not capture."""
+    return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
 
 
 def empty_tokens(patches: Tensor, weight: Tensor, lead: bool, dtype: torch.dtype) -> Tensor:
@@ -100,7 +104,7 @@ def _normalized(
     """(images, patches of each, their pixels [images, patches, C t p q] normalised) for some at a time."""
     B, depth = patches.shape[:2]
     row, K = patches.shape[2:4].numel(), patches.shape[4:].numel()
-    m, s = (torch.tensor(each, dtype=acc, device=patches.device)[:, None, None, None] for each in (mean, std))
+    m, s = (numbers(each, acc, patches.device)[:, None, None, None] for each in (mean, std))
     images = max(1, CHUNK // (depth * row * K))
     rows = depth if images > 1 else max(1, CHUNK // (row * K))
     for b in range(0, B, images):
