@@ -158,9 +158,11 @@ def test_packing_says_where_every_token_is():
     assert stream[packing.last].tolist() == [2, 5, 14, 17]
 
 
-def test_equal_lengths_are_not_packed():
+def test_nearly_equal_lengths_are_not_packed():
     assert pack(torch.tensor([7, 7, 7])) is None
     assert pack(torch.tensor([7])) is None
+    assert pack(torch.tensor([10, 9, 8])) is None  # 30 places for 27 tokens
+    assert pack(torch.tensor([10, 9, 7])) is not None  # 30 for 26
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

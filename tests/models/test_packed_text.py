@@ -91,7 +91,7 @@ def test_only_tokens_up_to_the_end_are_computed():
     model.packing = False
     assert tokens_computed(model, text) == columns
     model.packing = None
-    assert tokens_computed(model, some_texts((7, 7, 7))) == 3 * 8  # nothing to gain: dense
+    assert tokens_computed(model, some_texts((7, 7, 7))) == 3 * 8  # nothing to gain: dense, and cut off
 
 
 @pytest.mark.parametrize("where", ["transformer", "a block", "a part"])

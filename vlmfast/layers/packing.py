@@ -35,10 +35,10 @@ def pack(lengths: Tensor) -> Packing | None:
 
     Args:
         lengths: [B] int64, each at least 1.
-    Returns: the packing, or None where all lengths are equal and there is nothing to gain.
+    Returns: the packing, or None where padding to the longest adds less than an eighth: a dense batch is as good then.
     """
-    total, longest, shortest = torch.stack([lengths.sum(), lengths.max(), lengths.min()]).tolist()
-    if longest == shortest:
+    total, longest = torch.stack([lengths.sum(), lengths.max()]).tolist()
+    if 8 * len(lengths) * longest < 9 * total:
         return None
     lengths, order = lengths.sort(stable=True)
     ends = lengths.cumsum(0)

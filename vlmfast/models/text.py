@@ -63,7 +63,8 @@ class TextTower(nn.Module):
     comes after that token changes nothing: it is never computed. The tokens up to it, of all texts, are packed into one
     stream, and the last block's perceptron runs on the end-of-text tokens alone. Where packing is exact (causal, pool
     "argmax" or "eos"), the attribute `packing` decides:
-        True: texts are packed. A GPU is waited for once, for the number of tokens and the longest text.
+        True: texts are packed, or cut off after the longest where lengths are nearly equal. A GPU is waited for once
+            or twice, for the number of tokens and the longest text.
         False: they are not. On the CPU, the columns after the last end-of-text token are cut off all the same.
         None, the default: as True, unless somebody looks inside and expects [B, T, C] there (a forward hook on the
             embedding, the transformer or a part of it, ln_final), or the call is compiled (each number of tokens would
@@ -137,9 +138,10 @@ class TextTower(nn.Module):
         if on_cpu:
             self._check_ids(text)
         seen = looked_into(self.token_embedding, self.transformer, self.ln_final)
-        if self._packs(seen) and (packing := pack(end + 1)) is not None:
+        packs = self._packs(seen)
+        if packs and (packing := pack(end + 1)) is not None:
             return self.project(self.ln_final(self._packed(text, packing)))
-        if on_cpu and self.text_config.ends_early:
+        if packs or (on_cpu and self.text_config.ends_early):
             text = text[:, : int(end.max()) + 1]
         B, T = text.shape
         if seen:
