@@ -59,10 +59,10 @@ def load_clip(
             that the checkpoint contradicts, in its activation for example; a file that only running code could read.
         MissingExtraError: an ALIGN, and transformers is not installed.
     """
-    folder = Path(path)
+    folder = _local(path)
     if _is_align(folder):
         return load_align(folder, dtype).to(device)
-    checkpoint = read_checkpoint(path, config)
+    checkpoint = read_checkpoint(folder, config)
     if image_size is not None:
         checkpoint = with_image_size(checkpoint, image_size)
     with torch.device("meta"):

@@ -87,10 +87,14 @@ def read_config(folder: Path) -> ClipConfig:
     path = folder / CONFIG_FILE
     config = read_json(path)
     kind = config.get("model_type")
+    if kind == "align":
+        raise DataError(f"{path}: an ALIGN has transformers' own towers; load_clip loads it, and nothing converts it")
     if kind not in ("clip", "siglip"):
         raise DataError(f"{path}: model_type {kind!r} is not built here; built: clip, siglip, align")
     text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
     if kind == "clip":
+        # Old files have each section twice: transformers lets the second win, with defaults for what it leaves out.
+        text, vision = config.get("text_config_dict") or text, config.get("vision_config_dict") or vision
         model = _clip_config(path, config, {**CLIP_TEXT, **text}, {**CLIP_VISION, **vision})
     else:
         model = _siglip_config(path, {**SIGLIP_TEXT, **text}, {**SIGLIP_VISION, **vision})
