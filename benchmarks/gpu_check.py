@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARES = {"tests": 0.46, "loss": 0.44, "topk": 0.10}  # of the time, when all parts run
+# Of the time, when all parts run.
+SHARES = {"tests": 0.32, "loss": 0.30, "topk": 0.06, "attention": 0.10, "patch": 0.06, "model": 0.16}
 GRACE_S = 40  # on top, for the call that is under way when the time is spent
 SHOWN = 25  # failures, with a line each
 SMALL = {"batch": 1024, "items": 128, "queries": 128, "dim": 8}  # on a processor sizes are divided by these
@@ -48,6 +49,13 @@ SEARCHES: list[dict[str, Any]] = [
     {"queries": 8192, "items": 2**20, "dim": 512, "k": k, "dtype": dtype, "seconds": 1.0}
     for k, dtype in ((10, "bfloat16"), (100, "bfloat16"), (10, "float32"))
 ]
+STEP = {"precision": "amp_bf16", "seconds": 1.0, "providers": "vlmfast,open_clip,open_clip-compile"}
+STEPS: list[dict[str, Any]] = [
+    {"model": "ViT-B-32", "batch": 2048, "caption_length": "real"} | STEP,
+    {"model": "ViT-B-32", "batch": 2048, "caption_length": "77"} | STEP,
+    {"model": "ViT-B-16", "batch": 512, "caption_length": "77"} | STEP,
+    {"model": "ViT-L-14", "batch": 256, "caption_length": "77"} | STEP,
+]
 QUICK = {
     "loss": [
         {"loss": "clip", "dim": 512, "batch": "4096,16384", "providers": EAGER} | BF16,
@@ -56,6 +64,18 @@ QUICK = {
         {"loss": "vse-hardest", "dim": 768, "batch": "16384", "providers": EAGER} | BF16,
     ],
     "topk": [SEARCHES[0] | {"items": 2**17}],
+    "model": [STEPS[0] | {"batch": 256, "providers": "vlmfast,open_clip"}],
+}
+# Benchmarks of one op that are scripts of their own: what each is called with, and what else on a processor.
+SCRIPTS = {
+    "attention": (
+        ["benchmarks/ops/bench_attention.py", "--what", "dense,op", "--seconds", "0.5"],
+        ["--heads", "8", "--rounds", "1", "--seconds", "0"],
+    ),
+    "patch": (
+        ["benchmarks/ops/bench_patch_embedding.py", "--rounds", "5", "--seconds", "1"],
+        ["--threads", "1", "--rounds", "1", "--seconds", "0"],
+    ),
 }
 TESTS = [["tests/ops", "tests/losses", "-k", "triton or losses"], ["tests/ops", "-k", "not triton"]]
 
@@ -76,7 +96,7 @@ def main(words: list[str] | None = None) -> int:
             sys.exit(f"gpu_check: torch {torch.__version__} sees no GPU; --device cpu tries the same with tiny sizes")
     out: Path = options.out or ROOT / "benchmarks" / "results" / place(options.device)
     out.mkdir(parents=True, exist_ok=True)
-    parts = list(SHARES) if options.part == "all" else [options.part]
+    parts = options.part
     whole, start, failed = sum(SHARES[part] for part in parts), time.monotonic() - options.spent, False
     for part in parts:
         # What an earlier part did not use is the later ones' to use.
@@ -86,7 +106,7 @@ def main(words: list[str] | None = None) -> int:
         path = free_name(out, part)
         print(f"gpu_check: {part}, {seconds:.0f} s, {path}", file=sys.stderr)
         facts = {"part": part, "command": command(options, part)} | about(options.device)
-        run = run_tests if part == "tests" else run_benchmarks
+        run = run_tests if part == "tests" else run_script if part in SCRIPTS else run_benchmarks
         failed |= run(part, options, time.monotonic() + seconds, facts, path)
     return int(failed)
 
@@ -94,7 +114,9 @@ def main(words: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The flags of gpu_check.sh."""
     flags = argparse.ArgumentParser(prog="gpu_check.sh", description=(__doc__ or "").partition("\n")[0])
-    flags.add_argument("--part", choices=[*SHARES, "all"], default="all")
+    flags.add_argument(
+        "--part", type=parts_of, default=list(SHARES), help=f"all, or some of {', '.join(SHARES)} with commas between"
+    )
     flags.add_argument(
         "--quick", action="store_true", help="smaller and fewer benchmarks, and only the tests of values"
     )
@@ -107,6 +129,14 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--spent", type=float, default=0.0, help=argparse.SUPPRESS)  # seconds, by gpu_check.sh
     flags.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     return flags
+
+
+def parts_of(text: str) -> list[str]:
+    """The parts that a flag names, in the order in which they run."""
+    names = list(SHARES) if text == "all" else text.split(",")
+    if unknown := [name for name in names if name not in SHARES]:
+        raise argparse.ArgumentTypeError(f"there is no part {unknown[0]!r}; there are {', '.join(SHARES)}, and all")
+    return [part for part in SHARES if part in names]
 
 
 def peers(folder: Path | None) -> list[str]:
@@ -238,9 +268,27 @@ def pytest_run(words: list[str], environment: dict[str, str], seconds: float) ->
 # The benchmarks
 
 
+def run_script(part: str, options: argparse.Namespace, end: float, facts: dict[str, Any], path: Path) -> bool:
+    """Runs a part that is a script, whose rows are the part's file; whether it ended badly, or not in its time."""
+    words, on_cpu = SCRIPTS[part]
+    words = [*words, *on_cpu * (options.device == "cpu"), "--device", options.device, "--json", str(path)]
+    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, preexec_fn=os.setpgrp)
+    try:
+        status = f"status {process.wait(max(end - time.monotonic(), 0) + GRACE_S)}"
+    except subprocess.TimeoutExpired:
+        status = "no answer in its time"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if not path.exists():
+        print(f"left out: {part}: the process ended with {status}")
+        return True
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts, indent=1) + "\n")
+    return status != "status 0"
+
+
 def run_benchmarks(part: str, options: argparse.Namespace, end: float, facts: dict[str, Any], path: Path) -> bool:
     """Runs a part's benchmarks and writes its file; whether there is no result at all."""
-    wanted = QUICK[part] if options.quick else {"loss": LOSSES, "topk": SEARCHES}[part]
+    wanted = QUICK[part] if options.quick else {"loss": LOSSES, "topk": SEARCHES, "model": STEPS}[part]
     jobs = [{"device": options.device} | (small(job) if options.device == "cpu" else job) for job in wanted]
     waiting = dict(enumerate(jobs))
     answers: dict[int, Any] = {}
@@ -275,6 +323,10 @@ def run_benchmarks(part: str, options: argparse.Namespace, end: float, facts: di
 
 def small(job: dict[str, Any]) -> dict[str, Any]:
     """The same benchmark for a processor, to see that everything works."""
+    if "model" in job:
+        names = [name for name in job["providers"].split(",") if not name.endswith("-compile")]
+        changes = {"model": "CLIP-tiny", "batch": 4, "rounds": 1, "seconds": 0.0, "providers": ",".join(names)}
+        return job | changes | {"caption_length": "real" if job["caption_length"] == "real" else "8"}
     sizes = {name: max(16, int(str(job[name]).split(",")[0]) // by) for name, by in SMALL.items() if name in job}
     if "batch" in sizes:
         sizes["batch"] = str(sizes["batch"])  # type: ignore[assignment]
@@ -314,7 +366,7 @@ def in_another_process(part: str, jobs: dict[int, Any], seconds: float) -> tuple
 
 def work(order: str, answer: str, seconds: str) -> None:
     """The other process: runs the jobs in turn and writes a line for each that is done."""
-    from vlmfast.bench import loss, topk
+    from vlmfast.bench import loss, model, topk
 
     end, read = time.monotonic() + float(seconds), json.loads(Path(order).read_text())
 
@@ -331,6 +383,9 @@ def work(order: str, answer: str, seconds: str) -> None:
         elif read["part"] == "loss":
             say(f"{job['loss']} {job['dtype']} D={job['dim']}")
             result = {"report": dataclasses.asdict(loss.run(loss.LossBench(**job), say, spent))}
+        elif read["part"] == "model":
+            say(f"{job['model']}, captions {job['caption_length']}")
+            result = {"report": dataclasses.asdict(model.run(model.ModelBench(**job), say, spent))}
         else:
             say(f"top {job['k']} {job['dtype']}")
             result = {"report": dataclasses.asdict(topk.run(topk.TopkBench(**job), say))}

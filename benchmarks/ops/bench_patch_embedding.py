@@ -2,6 +2,7 @@
 
     pytest benchmarks/ops/bench_patch_embedding.py                       # one provider after the other
     python benchmarks/ops/bench_patch_embedding.py --json FILE           # interleaved, with machine and versions
+    python benchmarks/ops/bench_patch_embedding.py --device cuda         # on a GPU, under bfloat16 autocast
 
 Model: 2 * N * K * D flops for N patches of K pixels and D features, and as many for the weight's gradient; N * K bytes
 read, 4 * N * D written. Every provider gives tokens with class token and positions, and the gradients of weight, class
@@ -24,24 +25,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmfast.bench import machine, timing
+from vlmfast.bench import machine, meter, timing
 from vlmfast.ops.patch_embedding import patch_embed
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SIDE, WIDTH = 224, 768
 SIZES = [(32, 8), (32, 32), (16, 8), (16, 32)]  # side of a patch, images
+GPU_SIZES = [(16, 1024), (32, 1024)]
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # pixels, weight, class token, positions
 
 
-def inputs(p: int, B: int) -> Inputs:
+def inputs(p: int, B: int, device: str = "cpu") -> Inputs:
     """Random images and parameters of a ViT-B/p."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (B, 3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
     weight = 0.02 * torch.randn(WIDTH, 3, p, p, generator=generator)
     class_token = torch.randn(WIDTH, generator=generator)
     positions = torch.randn(1 + (SIDE // p) ** 2, WIDTH, generator=generator)
-    return pixels, weight.requires_grad_(), class_token.requires_grad_(), positions.requires_grad_()
+    pixels, *parameters = (tensor.to(device) for tensor in (pixels, weight, class_token, positions))
+    weight, class_token, positions = (parameter.requires_grad_() for parameter in parameters)
+    return pixels, weight, class_token, positions
 
 
 def ours(pixels: Tensor, weight: Tensor, class_token: Tensor, positions: Tensor) -> Tensor:
@@ -49,7 +53,7 @@ def ours(pixels: Tensor, weight: Tensor, class_token: Tensor, positions: Tensor)
 
 
 def normalized(pixels: Tensor) -> Tensor:
-    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (MEAN, STD))
+    mean, std = (torch.tensor(each, device=pixels.device).view(3, 1, 1) for each in (MEAN, STD))
     return (pixels.float() / 255 - mean) / std
 
 
@@ -91,6 +95,23 @@ def timed(provider: Callable[..., Tensor], given: Inputs, grad: Tensor) -> Calla
     return call
 
 
+def timed_on_gpu(gauge: meter.Cuda, provider: Callable[..., Tensor], given: Inputs) -> Callable[[], dict[str, float]]:
+    """Likewise by the GPU's clock, in mixed precision."""
+    tokens: list[Tensor] = []
+
+    def forward() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            tokens.append(provider(*given))
+
+    def call() -> dict[str, float]:
+        ends = gauge.marks(forward, lambda: torch.autograd.grad(tokens.pop(), given[1:], grad))
+        return {"forward_ms": 1e3 * ends[0], "full_ms": 1e3 * ends[1]}
+
+    forward()
+    grad = torch.randn_like(tokens.pop())
+    return call
+
+
 @pytest.mark.parametrize(("p", "B"), SIZES)
 @pytest.mark.parametrize("provider", PROVIDERS)
 def bench_patch_embed(benchmark, provider, p, B):
@@ -105,11 +126,14 @@ def bench_patch_embed(benchmark, provider, p, B):
     benchmark.extra_info["gflops"] = flops / benchmark.stats.stats.median / 1e9
 
 
-def measure(p: int, B: int, threads: int, rounds: int, seconds: float) -> list[dict]:
+def measure(p: int, B: int, threads: int, rounds: int, seconds: float, gauge: meter.Cuda | None = None) -> list[dict]:
     """A row for each provider: median, 20th and 80th percentile of its times, and how many times ours the median is."""
-    given = inputs(p, B)
-    grad = torch.randn_like(ours(*given))
-    calls = {name: timed(provider, given, grad) for name, provider in PROVIDERS.items()}
+    given = inputs(p, B, "cuda" if gauge else "cpu")
+    if gauge:
+        calls = {name: timed_on_gpu(gauge, provider, given) for name, provider in PROVIDERS.items()}
+    else:
+        grad = torch.randn_like(ours(*given))
+        calls = {name: timed(provider, given, grad) for name, provider in PROVIDERS.items()}
     for call in calls.values():
         call()  # compilers compile, allocators allocate
     found = timing.interleave(calls, rounds, seconds=seconds)
@@ -144,29 +168,31 @@ def kept_bytes(provider: Callable[..., Tensor], given: Inputs) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", default="1,2", help="on the CPU")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=4.0, help="rounds go on for so long at least")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    gauge = meter.Cuda() if options.device == "cuda" else None
     facts = {
         "op": "patch_embed",
         "command": "python " + " ".join(sys.argv),
         "date": machine.now(),
-        "machine": machine.machine(),
+        "machine": gauge.facts() if gauge else machine.machine(),
         "versions": machine.versions(),
         "commit": machine.commit(),
     }
     measurements = []
-    for threads in map(int, options.threads.split(",")):
-        for p, B in SIZES:
+    for threads in [1] if gauge else map(int, options.threads.split(",")):
+        for p, B in GPU_SIZES if gauge else SIZES:
             with timing.threads(threads):
-                rows = measure(p, B, threads, options.rounds, options.seconds)
+                rows = measure(p, B, threads, options.rounds, options.seconds, gauge)
             for row in rows:
                 times = "  ".join(
-                    f"{what} {row[f'{what}_ms']['median']:6.1f} ms ({row[f'{what}_ms_ratio']:.2f}x; of the processor "
-                    f"{row[f'{what}_cpu_ms']['median']:6.1f}, {row[f'{what}_cpu_ms_ratio']:.2f}x)"
-                    for what in ("forward", "full")
+                    f"{what} {row[f'{what}_ms']['median']:6.2f} ms ({row[f'{what}_ms_ratio']:.2f}x)"
+                    for what in ("forward", "forward_cpu", "full", "full_cpu")
+                    if f"{what}_ms" in row
                 )
                 print(f"B/{p} {B:2} images {threads} threads {row['provider']:13} {times}", flush=True)
             measurements += rows

@@ -57,11 +57,11 @@ def run(part, path, seconds=100.0, quick=False):
     return failed, json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("part", ["loss", "topk"])
+@pytest.mark.parametrize("part", ["loss", "topk", "model"])
 def test_every_benchmark_runs(part, in_this_process, tmp_path, capsys):
     in_this_process(tmp_path)
     failed, read = run(part, tmp_path / "part.json")
-    wanted = {"loss": gpu_check.LOSSES, "topk": gpu_check.SEARCHES}[part]
+    wanted = {"loss": gpu_check.LOSSES, "topk": gpu_check.SEARCHES, "model": gpu_check.STEPS}[part]
     assert not failed
     assert read["left_out"] == []
     assert len(read["reports"]) == len(wanted)
@@ -72,7 +72,12 @@ def test_every_benchmark_runs(part, in_this_process, tmp_path, capsys):
         assert ours["full_ms"]["median"] > 0
     printed = capsys.readouterr().out
     assert "`gpu_check.sh`" in printed
-    assert ("| vse_loss, hardest, bfloat16 |" if part == "loss" else "k = 10, 64 queries |") in printed
+    shown = {
+        "loss": "| vse_loss, hardest, bfloat16 |",
+        "topk": "k = 10, 64 queries |",
+        "model": "| CLIP-tiny, amp_bf16",
+    }
+    assert shown[part] in printed
 
 
 def test_a_broken_process_goes_on_without_other_peoples_kernels(in_this_process, tmp_path, monkeypatch, capsys):
@@ -178,7 +183,10 @@ def test_all_parts_on_a_gpu(fake_cuda, in_this_process, tmp_path, monkeypatch, c
     monkeypatch.setattr(sys, "path", list(sys.path))
     tiny = {"loss": [{"loss": "clip", "dim": 16, "batch": "24", "dtype": "bfloat16", "providers": "vlmfast,memeff"}]}
     tiny["topk"] = [{"queries": 16, "items": 64, "dim": 16, "k": 3, "dtype": "float32", "rounds": 1}]
+    tiny["model"] = [gpu_check.small(gpu_check.STEPS[0])]
     monkeypatch.setattr(gpu_check, "QUICK", tiny)
+    scripts = []
+    monkeypatch.setattr(gpu_check, "run_script", lambda part, *_: bool(scripts.append(part)))
     ran = {
         "arguments": ["a"],
         "end": "complete",
@@ -197,7 +205,8 @@ def test_all_parts_on_a_gpu(fake_cuda, in_this_process, tmp_path, monkeypatch, c
     assert gpu_check.main(["--quick", "--minutes", "3", "--out", str(tmp_path / "new")]) == 0
     assert required == ["cpu,triton"]
     files = sorted((tmp_path / "new").glob("*.json"))
-    assert [path.name.split("-")[-1] for path in files] == ["loss.json", "tests.json", "topk.json"]
+    assert [path.name.split("-")[-1] for path in files] == ["loss.json", "model.json", "tests.json", "topk.json"]
+    assert scripts == ["attention", "patch"]
     for path in files:
         read = json.loads(path.read_text())
         assert read["machine"]["gpu"]["name"] == "GPU of the test"
@@ -209,6 +218,35 @@ def test_all_parts_on_a_gpu(fake_cuda, in_this_process, tmp_path, monkeypatch, c
     assert "TFLOP/s" in printed
     assert "GPU of the test, PyTorch" in printed
     assert gpu_check.place("cuda") == "gpu-of-the-test"
+
+
+def test_a_script_is_a_part(tmp_path, monkeypatch, capsys):
+    script = tmp_path / "script.py"
+    script.write_text("import pathlib, sys\nif 'fails' in sys.argv: sys.exit(3)\n")
+    script.write_text(script.read_text() + 'pathlib.Path(sys.argv[-1]).write_text(\'{"rows": [1], "command": "x"}\')')
+    options = argparse.Namespace(device="cpu")
+    monkeypatch.setattr(gpu_check, "SCRIPTS", {"patch": ([str(script)], []), "attention": ([str(script)], ["fails"])})
+    path = tmp_path / "patch.json"
+    assert not gpu_check.run_script("patch", options, time.monotonic() + 60, FACTS, path)
+    assert json.loads(path.read_text()) == FACTS | {"rows": [1]}
+    assert gpu_check.run_script("attention", options, time.monotonic() + 60, FACTS, tmp_path / "attention.json")
+    assert "left out: attention: the process ended with status 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["attention", "patch"])
+def test_scripts_take_their_flags(part):
+    words, on_cpu = gpu_check.SCRIPTS[part]
+    known = (ROOT / words[0]).read_text()
+    flags = [word for word in [*words, *on_cpu, "--device", "--json"] if word.startswith("--")]
+    assert [flag for flag in flags if f'add_argument("{flag}"' not in known] == []
+
+
+def test_parts_run_in_their_order():
+    assert gpu_check.parts_of("model,attention,patch") == ["attention", "patch", "model"]
+    assert gpu_check.parts_of("all") == list(gpu_check.SHARES)
+    assert sum(gpu_check.SHARES.values()) == pytest.approx(1)
+    with pytest.raises(SystemExit):
+        gpu_check.parser().parse_args(["--part", "models"])
 
 
 def test_without_a_gpu_it_says_so(monkeypatch):
