@@ -126,6 +126,11 @@ class Pair:
         """
         return self.gradient != torch.float16
 
+    def tiles_of(self, matrix: Tensor) -> Any:
+        """A matrix like S, as a kernel writes tiles to it: by the copy unit, where rows go through it."""
+        block = [self.config.block_m, self.config.block_n]
+        return TensorDescriptor.from_tensor(matrix, block) if self.constants["TMA"] else matrix
+
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """M, N, the depth of one part of a row, and the distance between rows."""
@@ -259,14 +264,21 @@ def any_of(condition):
 
 
 @triton.jit
-def store_gradient(g, G, m, n, rows, cols, stride, plane, SPLIT: tl.constexpr):
-    """Writes a tile of the workspace; with SPLIT as two bfloat16 parts, `plane` numbers apart."""
-    at = m.to(tl.int64)[:, None] * stride + n[None, :]
-    inside = (m < rows)[:, None] & (n < cols)[None, :]
-    high = g.to(G.dtype.element_ty)
-    tl.store(G + at, high, mask=inside)
-    if SPLIT:
-        tl.store(G + plane + at, (g - high.to(tl.float32)).to(G.dtype.element_ty), mask=inside)
+def store_gradient(g, high, low, i, j, rows, cols, stride, SPLIT: tl.constexpr, TMA: tl.constexpr):
+    """Writes tile (i, j) of a block of G; with SPLIT as two bfloat16 parts, to `high` and `low`."""
+    if TMA:  # it cuts off what lies outside the workspace; within it, nobody reads what lies outside the block
+        top = g.to(high.dtype)
+        high.store([i * g.shape[0], j * g.shape[1]], top)
+        if SPLIT:
+            low.store([i * g.shape[0], j * g.shape[1]], (g - top.to(tl.float32)).to(low.dtype))
+    else:
+        m, n = i * g.shape[0] + tl.arange(0, g.shape[0]), j * g.shape[1] + tl.arange(0, g.shape[1])
+        at = m.to(tl.int64)[:, None] * stride + n[None, :]
+        inside = (m < rows)[:, None] & (n < cols)[None, :]
+        top = g.to(high.dtype.element_ty)
+        tl.store(high + at, top, mask=inside)
+        if SPLIT:
+            tl.store(low + at, (g - top.to(tl.float32)).to(low.dtype.element_ty), mask=inside)
 
 
 # Kernels over rows
@@ -426,9 +438,9 @@ class Gradients:
                 yield row, column, rows, columns
 
     @property
-    def workspace(self) -> tuple[Tensor, int, int]:
-        """The arguments that `store_gradient` needs: G, the distance between its rows, and between its parts."""
-        return self.G, self.stride, self.height * self.stride
+    def workspace(self) -> tuple:
+        """The arguments that `store_gradient` needs: G, or its two parts, and the distance between rows."""
+        return *map(self.pair.tiles_of, (self.G[0], self.G[-1])), self.stride
 
     @property
     def constants(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def _sum(
     """Every violation counts. Each active hinge pulls with weight one on s_ij and on the positive that it holds."""
     B, device = len(positive), positive.device
     gradients = _tiles.Gradients(p, need_x, need_y, workspace) if need_x or need_y else None
-    G = gradients.workspace if gradients else (positive, 0, 0)
+    G = gradients.workspace if gradients else (positive, positive, 0)
     gradient = gradients.constants if gradients else {"FOLD": False, "SPLIT": False}
     constants = {"GRADIENT": gradients is not None, **gradient, **p.constants}
     loss = torch.zeros((), dtype=torch.float64, device=device)
@@ -127,8 +127,8 @@ def _hinge_tiles(
     row_active,  # [tiles_n, rows]
     col_active,  # [tiles_m, cols]
     G,
+    G_low,
     G_stride,
-    G_plane,
     margin,
     M,
     N,
@@ -170,7 +170,7 @@ def _hinge_tiles(
         g = row_on + col_on
         if FOLD:
             g *= x_inv[:, None] * y_inv[None, :]
-        store_gradient(g, G, m - row0, n - col0, rows, cols, G_stride, G_plane, SPLIT)
+        store_gradient(g, G, G_low, i, j, rows, cols, G_stride, SPLIT, TMA)
 
 
 @triton.jit(do_not_specialize=["M", "N", "rows", "cols"])

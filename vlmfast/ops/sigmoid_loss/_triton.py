@@ -32,7 +32,9 @@ def forward(
     unit = 4096.0 if p.gradient == torch.float16 else 1.0  # sigmoids down to 1e-9 fit float16
     factor = logit_scale.float() / (B * unit)
     gradients = _tiles.Gradients(p, need_x, need_y, workspace, factor=factor) if need_x or need_y else None
-    G = gradients.workspace if gradients else (logit_scale, 0, 0)  # never written then, but an address is needed
+    G = (
+        gradients.workspace if gradients else (logit_scale, logit_scale, 0)
+    )  # never written then, but an address is needed
     constants = {
         "GRADIENT": gradients is not None,
         "SCALARS": need_scalars,
@@ -67,8 +69,8 @@ def _sigmoid_tiles(
     bias,
     parts,  # [3, tiles]
     G,
+    G_low,
     G_stride,
-    G_plane,
     M,
     N,
     D,
@@ -120,7 +122,7 @@ def _sigmoid_tiles(
             g = dz * UNIT
             if FOLD:
                 g *= x_inv[:, None] * y_inv[None, :]
-            store_gradient(g, G, m - row0, n - col0, rows, cols, G_stride, G_plane, SPLIT)
+            store_gradient(g, G, G_low, i, j, rows, cols, G_stride, SPLIT, TMA)
 
 
 @triton.jit

@@ -46,15 +46,18 @@ def forward(
     The log-sum-exps are float64; kept is of at most `keep` bytes.
     """
     p = _tiles.pair(x, y, normalize, precision, kind="softmax" if form == "index" else "positives")
-    kept = Kept.empty(p, keep if form == "index" and row_weight is not None else 0)
+    kept = Kept.empty(p, keep if form == "index" else 0)
+    # z of every row's positive; INDEX's pairs are mutual wherever columns count, so that they are the columns', too.
+    positive = torch.zeros(len(x) if form == "index" else 0, device=x.device)
     rows = _Side(p.sizes[0], row_ids, row_weight, row_share, form, x.device)
     cols = _Side(p.sizes[1], col_ids, col_weight, col_share, form, x.device)
-    _sum_tiles(p, logit_scale, rows, cols, kept, form)
+    _sum_tiles(p, logit_scale, rows, cols, positive, kept, form)
     if label_smoothing > 0:
         rows.mean, cols.mean = _mean_logits(p, logit_scale)
-    loss = torch.cat([side.finish(label_smoothing) for side in (rows, cols)]).sum().float()
+    parts = [rows.finish(positive, label_smoothing), cols.finish(positive, label_smoothing, gather=True)]
+    loss = torch.cat(parts).sum().float()
     if len(kept.data):
-        kept.positive.copy_(rows.positive[: len(kept.data)])
+        kept.positive.copy_(positive[: len(kept.data)])
     return loss, rows.lse, cols.lse, rows.positive_lse, cols.positive_lse, kept.data
 
 
@@ -92,12 +95,13 @@ def backward(
         factor = factor / unit
     M, N, _, _ = p.sizes
     saved = Kept(p, kept)
-    vectors = (
-        row_ids,
-        _terms(row_lse, row_pos_lse, row_weight, row_share, form, label_smoothing, others=N),
-        col_ids,
-        _terms(col_lse, col_pos_lse, col_weight, col_share, form, label_smoothing, others=M),
-    )
+    row_terms = _terms(row_lse, row_pos_lse, row_weight, row_share, form, label_smoothing, others=N)
+    col_terms = _terms(col_lse, col_pos_lse, col_weight, col_share, form, label_smoothing, others=M)
+    pulls = torch.empty(M if form == "index" else 0, device=x.device)
+    if form == "index":
+        sides: dict[str, Any] = {"ROWS": row_weight is not None, "COLS": col_weight is not None, "BLOCK": 128}
+        _tiles.launch(_pulls, (cdiv(M, 128),), row_ids, row_terms, col_terms, pulls, M, N, **sides)
+    vectors = (row_ids, row_terms, col_ids, col_terms, pulls)
     constants = {
         "ROWS": row_weight is not None,
         "COLS": col_weight is not None,
@@ -143,7 +147,8 @@ class Kept:
         powers = data[:, : -4 * (tiles + 1)].view(p.gradient)
         others = data[:, -4 * (tiles + 1) :].view(torch.float32)
         self.positive = others[:, tiles]  # [rows]
-        self.arguments = (powers, powers.stride(0), others, others.stride(0), len(data))
+        powers = powers[:, : p.sizes[1]]
+        self.arguments = (p.tiles_of(powers), powers.stride(0), others, others.stride(0), len(data))
 
     @classmethod
     def empty(cls, p: Pair, most: int) -> Kept:
@@ -165,21 +170,23 @@ class _Side:
         self.ids, self.weight, self.share, self.form = ids, weight, share, form
         size = 0 if weight is None else size
         self.state = torch.empty(_PLANES[form], size, device=device)  # the partial results of all tiles so far
-        self.positive = torch.zeros(size if form == "index" else 0, device=device)  # z of the positives
         self.mean: Tensor | None = None  # of each row's z, where labels are smoothed
         self.lse = torch.empty(size, dtype=torch.float64, device=device)
         self.positive_lse = torch.empty(size if form == "in" else 0, dtype=torch.float64, device=device)
 
-    def finish(self, label_smoothing: float) -> Tensor:
-        """Fills in the log-sum-exps; parts of sum_i weight_i (lse_i - pull_i), float64, to be added up."""
+    def finish(self, positive: Tensor, label_smoothing: float, gather: bool = False) -> Tensor:
+        """Fills in the log-sum-exps; parts of sum_i weight_i (lse_i - pull_i), float64, to be added up.
+
+        gather: `positive` is the other side's, and is found by the ids.
+        """
         count = len(self.lse)
         parts = torch.empty(cdiv(count, 128), dtype=torch.float64, device=self.lse.device)
         if self.weight is None:
             return parts
         share, mean = (self.weight if v is None else v for v in (self.share, self.mean))  # never read if absent
-        vectors = (self.state, self.positive, self.weight, share, mean, self.lse, self.positive_lse, parts)
-        constants: dict[str, Any] = {"FORM": _FORMS[self.form], "SMOOTH": self.mean is not None, "BLOCK": 128}
-        _tiles.launch(_finish, (len(parts),), *vectors, label_smoothing, count, **constants)
+        vectors = (self.state, positive, self.ids, self.weight, share, mean, self.lse, self.positive_lse, parts)
+        constants: dict[str, Any] = {"FORM": _FORMS[self.form], "SMOOTH": self.mean is not None, "GATHER": gather}
+        _tiles.launch(_finish, (len(parts),), *vectors, label_smoothing, count, len(positive), BLOCK=128, **constants)
         return parts
 
 
@@ -190,7 +197,7 @@ def _mean_logits(p: Pair, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
     return scale2 * (x @ y.mean(0)), scale2 * (y @ x.mean(0))
 
 
-def _sum_tiles(p: Pair, logit_scale: Tensor, rows: _Side, cols: _Side, kept: Kept, form: str) -> None:
+def _sum_tiles(p: Pair, logit_scale: Tensor, rows: _Side, cols: _Side, positive: Tensor, kept: Kept, form: str) -> None:
     """The states of both sides: what all tiles of S together say of every row and every column."""
     M, N, _, _ = p.sizes
     most = min(_tiles.EDGE, M), min(_tiles.EDGE, N)
@@ -205,7 +212,7 @@ def _sum_tiles(p: Pair, logit_scale: Tensor, rows: _Side, cols: _Side, kept: Kep
         "KEPT": len(kept.data) > 0,
         **p.constants,
     }
-    ids = (rows.ids, rows.positive, cols.ids, cols.positive)
+    ids = (rows.ids, cols.ids, positive)
     for block in _tiles.blocks(M, N, _tiles.EDGE, _tiles.EDGE):
         row, column, height, width = block
         here = cdiv(height, p.config.block_m), cdiv(width, p.config.block_n)
@@ -252,9 +259,8 @@ def _tile_sums(
     y_inverse,
     scale,
     row_ids,
-    row_positive,  # INDEX: [M] float32, z of the positives
     col_ids,
-    col_positive,
+    positive,  # INDEX: [M] float32, z of each row's positive
     row_parts,  # [planes, tiles_n, row_most]
     col_parts,  # [planes, tiles_m, col_most]
     powers,  # KEPT: [kept_rows, powers_stride]
@@ -296,16 +302,11 @@ def _tile_sums(
     z = tl.where(inside, s * by_row[:, None] * by_col[None, :], float("-inf"))
 
     if FORM == INDEX:  # z of the positives, to the bit that the sums have; few tiles hold any
-        if ROWS:
-            mine = tl.load(row_ids + m, mask=m < M, other=-1).to(tl.int32) - n0
-            if any_of((mine >= 0) & (mine < BLOCK_N)):
-                positive = tl.sum(tl.where(mine[:, None] == (n - n0)[None, :], z, 0.0), 1)
-                tl.store(row_positive + m, positive, mask=(m < M) & (mine >= 0) & (mine < BLOCK_N))
-        if COLS:
-            yours = tl.load(col_ids + n, mask=n < N, other=-1).to(tl.int32) - m0
-            if any_of((yours >= 0) & (yours < BLOCK_M)):
-                positive = tl.sum(tl.where(yours[None, :] == (m - m0)[:, None], z, 0.0), 0)
-                tl.store(col_positive + n, positive, mask=(n < N) & (yours >= 0) & (yours < BLOCK_M))
+        mine = tl.load(row_ids + m, mask=m < M, other=-1).to(tl.int32) - n0
+        here = (mine >= 0) & (mine < BLOCK_N)
+        if any_of(here):
+            own = tl.sum(tl.where(mine[:, None] == tl.arange(0, BLOCK_N)[None, :], z, 0.0), 1)
+            tl.store(positive + m, own, mask=here & (m < M))
 
     # One reference for the tile and one power an element, which serves the row's sum and the column's.
     top = tl.max(z)
@@ -327,8 +328,8 @@ def _tile_sums(
         weighed = z if FORM == OUT else e
         row_pos, col_pos = tl.sum(tl.where(match, weighed, 0.0), 1), tl.sum(tl.where(match, weighed, 0.0), 0)
     if FORM == IN:
-        positive = tl.where(match, z, float("-inf"))
-        row_top, col_top = tl.max(positive, 1), tl.max(positive, 0)
+        among = tl.where(match, z, float("-inf"))
+        row_top, col_top = tl.max(among, 1), tl.max(among, 0)
         near = reference - 60
         served &= all_of((row_top >= near) | (row_top == float("-inf")))
         served &= all_of((col_top >= near) | (col_top == float("-inf")))
@@ -341,18 +342,21 @@ def _tile_sums(
             col_ref = _reference(tl.max(z, 0))
             col_total = tl.sum(tl.exp2(z - col_ref[None, :]), 0)
         if FORM == IN:
-            positive = tl.where(match, z, float("-inf"))
-            row_pos_ref, col_pos_ref = _reference(tl.max(positive, 1)), _reference(tl.max(positive, 0))
-            row_pos = tl.sum(tl.exp2(positive - row_pos_ref[:, None]), 1)
-            col_pos = tl.sum(tl.exp2(positive - col_pos_ref[None, :]), 0)
+            among = tl.where(match, z, float("-inf"))
+            row_pos_ref, col_pos_ref = _reference(tl.max(among, 1)), _reference(tl.max(among, 0))
+            row_pos = tl.sum(tl.exp2(among - row_pos_ref[:, None]), 1)
+            col_pos = tl.sum(tl.exp2(among - col_pos_ref[None, :]), 0)
 
     if KEPT:
-        here = m < kept_rows
+        saved = m < kept_rows
         to_row = m.to(tl.int64)
-        at = powers + to_row[:, None] * powers_stride + n[None, :]
-        tl.store(at, e.to(powers.dtype.element_ty), mask=here[:, None] & inside)
+        if TMA:
+            powers.store([m0, n0], e.to(powers.dtype))
+        else:
+            at = powers + to_row[:, None] * powers_stride + n[None, :]
+            tl.store(at, e.to(powers.dtype.element_ty), mask=saved[:, None] & inside)
         said = tl.zeros([BLOCK_M], tl.float32) + tl.where(served, reference, float("nan"))
-        tl.store(others + to_row * others_stride + n0 // BLOCK_N, said, mask=here)
+        tl.store(others + to_row * others_stride + n0 // BLOCK_N, said, mask=saved)
     if ROWS:
         at = row_parts + j.to(tl.int64) * row_most + (m - row0)
         _store_part(at, tiles_n.to(tl.int64) * row_most, row_ref, row_total, row_pos_ref, row_pos, m < M, FORM)
@@ -447,10 +451,11 @@ def _merge_sums(
     tl.store(at + size, total, mask=r < count)
 
 
-@triton.jit(do_not_specialize=["smoothing", "count"])
+@triton.jit(do_not_specialize=["smoothing", "count", "positives"])
 def _finish(
     state,  # [planes, count]
-    positive,  # INDEX: [count] float32
+    positive,  # INDEX: float32, of each row here, or of each of the other side's (GATHER)
+    ids,
     weight,
     share,
     mean,
@@ -459,8 +464,10 @@ def _finish(
     parts,  # [programs] float64
     smoothing,
     count,
+    positives,
     FORM: tl.constexpr,
     SMOOTH: tl.constexpr,
+    GATHER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -470,7 +477,10 @@ def _finish(
     if FORM == INDEX:
         # log2 of 2^z as the sums hold it, rounding and all: where a positive is nearly its whole row's sum, own - pull
         # is 0, and so are loss and gradient. A row without a positive has weight 0.
-        z = tl.load(positive + r, mask=here, other=0.0)
+        at = r
+        if GATHER:
+            at = tl.load(ids + r, mask=here, other=-1)
+        z = tl.load(positive + at, mask=here & (at >= 0) & (at < positives), other=0.0)
         whole = tl.floor(z)
         pull = whole.to(tl.float64) + tl.log2(tl.exp2(z - whole).to(tl.float64))
     elif FORM == OUT:
@@ -535,6 +545,19 @@ def _side_terms(
         tl.store(terms + 3 * plane + r, (smoothing * w / others).to(tl.float32), mask=here)
 
 
+@triton.jit(do_not_specialize=["M", "N"])
+def _pulls(row_ids, row_terms, col_terms, pulls, M, N, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr):
+    """What the positive of each row is pulled by: the row's part, and that of the column it lies in."""
+    m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    n = tl.load(row_ids + m, mask=m < M, other=-1)
+    pull = tl.zeros([BLOCK], tl.float32)
+    if ROWS:
+        pull += tl.load(row_terms + 2 * tl.cast(M, tl.int64) + m, mask=m < M, other=0.0)
+    if COLS:
+        pull += tl.load(col_terms + 2 * tl.cast(N, tl.int64) + n, mask=(m < M) & (n >= 0) & (n < N), other=0.0)
+    tl.store(pulls + m, pull, mask=m < M)
+
+
 @triton.jit
 def _one_less_power(gap):
     """1 - 2^gap for a gap >= 0, float64, also where it is near 0."""
@@ -554,14 +577,15 @@ def _gradient_tiles(
     row_terms,  # [5, M], as `_side_terms` has them
     col_ids,
     col_terms,  # [5, N]
+    pulls,  # INDEX: [M] float32, what each row's positive is pulled by, from both sides
     powers,  # KEPT: as in `_tile_sums`, and with them z of the positives
     powers_stride,
     others,
     others_stride,
     kept_rows,
-    G,  # [1 or 2, height, G_stride]
+    G,  # [height, G_stride]
+    G_low,
     G_stride,
-    G_plane,
     M,
     N,
     D,
@@ -614,11 +638,8 @@ def _gradient_tiles(
     y_inv = tl.load(y_inverse + n, mask=n < N, other=0.0)
     z = s * (x_inv * (tl.load(scale) * LOG2E))[:, None] * y_inv[None, :]
 
-    if FORM == INDEX:
-        mine = tl.load(row_ids + m, mask=m < M, other=-1).to(tl.int32)  # below N
-        yours = tl.load(col_ids + n, mask=n < N, other=-1).to(tl.int32)
-        match = mine[:, None] == n[None, :]
-    else:
+    match = m < M
+    if FORM != INDEX:
         mine = tl.load(row_ids + m, mask=m < M, other=-1)
         yours = tl.load(col_ids + n, mask=n < N, other=-1)
         match = mine[:, None] == yours[None, :]
@@ -627,11 +648,16 @@ def _gradient_tiles(
     if one_power:
         power = tl.exp2(z - least)
         if KEPT and kept:
-            at = powers + to_row[:, None] * powers_stride + n[None, :]
-            again = tl.load(at, mask=(m < M)[:, None] & (n < N)[None, :], other=0.0).to(tl.float32)
-            power = again * tl.exp2(kept_ref - least)[:, None]
+            if TMA:
+                power = powers.load([m0, n0]).to(tl.float32)
+            else:
+                at = powers + to_row[:, None] * powers_stride + n[None, :]
+                power = tl.load(at, mask=(m < M)[:, None] & (n < N)[None, :], other=0.0).to(tl.float32)
+            power *= tl.exp2(kept_ref - least)[:, None]
             positive = tl.load(others + to_row * others_stride + tl.cdiv(N, BLOCK_N), mask=m < M, other=0.0)
-            power = tl.where(match, tl.exp2(positive - least)[:, None], power)
+            own = tl.load(row_ids + m, mask=m < M, other=-1).to(tl.int32) - n0
+            its = tl.exp2(positive - least)
+            power = tl.where(own[:, None] == tl.arange(0, BLOCK_N)[None, :], its[:, None], power)
         if ROWS and COLS:
             g = power * (
                 _factor(row_at, row_plane, m < M, least - row_ref, match, 1, FORM)
@@ -650,11 +676,10 @@ def _gradient_tiles(
 
     # What a positive is pulled to: subtracted in float32, before anything is rounded further.
     if FORM == INDEX:  # few tiles hold any
-        if ROWS and any_of((mine >= n0) & (mine < n0 + BLOCK_N)):
-            g -= tl.where(match, tl.load(row_at + 2 * row_plane, mask=m < M, other=0.0)[:, None], 0.0)
-        if COLS and any_of((yours >= m0) & (yours < m0 + BLOCK_M)):
-            pull = tl.load(col_at + 2 * col_plane, mask=n < N, other=0.0)
-            g -= tl.where(yours[None, :] == m[:, None], pull[None, :], 0.0)
+        mine = tl.load(row_ids + m, mask=m < M, other=-1).to(tl.int32) - n0
+        if any_of((mine >= 0) & (mine < BLOCK_N)):
+            pull = tl.load(pulls + m, mask=m < M, other=0.0)
+            g -= tl.where(mine[:, None] == tl.arange(0, BLOCK_N)[None, :], pull[:, None], 0.0)
     elif FORM == OUT:
         if ROWS:
             g -= tl.where(match, tl.load(row_at + 2 * row_plane, mask=m < M, other=0.0)[:, None], 0.0)
@@ -678,7 +703,7 @@ def _gradient_tiles(
             g -= tl.load(col_at + 3 * col_plane, mask=n < N, other=0.0)[None, :]
     if FOLD:
         g *= x_inv[:, None] * y_inv[None, :]
-    store_gradient(g, G, m - row0, n - col0, rows, cols, G_stride, G_plane, SPLIT)
+    store_gradient(g, G, G_low, i, j, rows, cols, G_stride, SPLIT, TMA)
 
 
 @triton.jit
