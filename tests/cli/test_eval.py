@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import PIL.Image
@@ -14,11 +15,14 @@ from safetensors.torch import save_file
 from small_run import COLOURS, SIDE, VISION, encoded, model_and_tokenizer, picture, write_open_clip
 
 from vlmfast import cli
+from vlmfast.data.batch import batches
+from vlmfast.data.benchmark import read_benchmark
 from vlmfast.data.digits import digits
 from vlmfast.data.images import fit_image, load_image
 from vlmfast.data.tokenize import CLIP_MERGES, _byte_letters, load_tokenizer, train_tokenizer
 from vlmfast.eval.index import read_index
 from vlmfast.models import config_names, load_clip, load_config
+from vlmfast.recipes import eval
 from vlmfast.recipes.pretrained import OPENAI_MERGES, ModelFlags, _name, find_tokenizer, open_pretrained
 
 CLASSES = ["red_thing", "green thing", "blue thing", "grey thing", "grey thing"]  # names may come again: "missile"
@@ -108,6 +112,12 @@ def test_zero_shot_is_clip_benchmarks(vlmfast, run_folder, classification, image
         {"acc1": right.double().mean().item(), "acc5": 1.0, "mean_per_class_recall": np.mean(recalls)}
     )
     assert 0 < metrics["acc1"] < 1
+
+
+def test_names_are_taken_as_they_stand(classification):
+    prompts = read_benchmark(classification, "test").prompts
+    assert prompts[0] == ["a red_thing", "the red_thing.", "red_thing & red_thing"]
+    assert [prompt[0] for prompt in prompts[1:]] == ["a green thing", "a blue thing", "a grey thing", "a grey thing"]
 
 
 def test_retrieval_is_clip_benchmarks(vlmfast, run_folder, retrieval, images, tmp_path):
@@ -209,12 +219,31 @@ def test_images_are_prepared_as_the_checkpoint_says(config, prepared, vlmfast, t
     assert (found.fit, found.interpolation) == ("crop_floor" if prepared[0] == "crop" else "squash", prepared[1])
 
 
-def test_the_images_of_a_file_reach_the_model_so(vlmfast, run_folder, tmp_path):
-    """A picture whose middle and whole differ scores otherwise once the config squashes it."""
-    wide = picture((200, 30, 30), (90, 30))
-    wide.paste((0, 0, 255), (0, 0, 30, 30))
+@pytest.fixture
+def wide(tmp_path):
+    """A folder, a CSV file and a tar with a picture whose middle and whole differ."""
+    image = picture((200, 30, 30), (91, 30))
+    image.paste((0, 0, 255), (0, 0, 30, 30))
     (tmp_path / "pairs").mkdir()
-    wide.save(tmp_path / "pairs" / "a.png")
+    path = tmp_path / "pairs" / "a.png"
+    image.save(path)
+    path.with_suffix(".txt").write_text("a thing")
+    (tmp_path / "pairs.tsv").write_text(f"filepath\ttitle\n{path}\ta thing\n")
+    write_tar(tmp_path / "pairs.tar", {"a.png": path.read_bytes(), "a.txt": b"a thing"})
+    return path
+
+
+@pytest.mark.parametrize("kind", ["folder", "csv", "webdataset"])
+@pytest.mark.parametrize("how", [("crop_floor", "bilinear"), ("squash", "bicubic")])
+def test_every_reader_prepares_images_so(kind, how, run_folder, wide, tmp_path):
+    where = tmp_path / {"folder": "pairs", "csv": "pairs.tsv", "webdataset": "pairs.tar"}[kind]
+    config = eval.Config(pretrained=str(run_folder), dataset_type=kind, val_data=str(where), split="train")
+    model = replace(open_pretrained(config), fit=how[0], interpolation=how[1])
+    [batch] = batches(eval.open_data(config, model), load_tokenizer(run_folder), 9, seed=0, shuffle=False, epochs=1)
+    assert torch.equal(batch.image[0], load_image(wide.read_bytes(), SIDE, how[0], interpolation=how[1]))
+
+
+def test_embed_prepares_images_so(vlmfast, wide, tmp_path):
     rows = {}
     for mode in ("shortest", "squash"):
         model, tokenizer = model_and_tokenizer()
