@@ -9,9 +9,10 @@ import pytest
 
 from vlmfast import cli
 from vlmfast.bench import document, goals, report
-from vlmfast.bench.providers import BenchError
+from vlmfast.bench.providers import BenchError, quiet_compiler
 from vlmfast.bench.report import Report, Row
 from vlmfast.bench.timing import Spread
+from vlmfast.models import load_config
 
 ROOT = Path(__file__).parent.parent.parent
 MIB = 2**20
@@ -237,4 +238,40 @@ def test_every_goal_is_measured_by_gpu_check():
     for job in check["LOSSES"]:
         kernel = document.TITLES[job["loss"]]
         points |= {(kernel, job["dtype"], job["dim"], int(batch)) for batch in job["batch"].split(",")}
+    for job in check["STEPS"]:
+        kernel = f"{job['model']}, training step, {job['caption_length']}"
+        points.add((kernel, "bfloat16", load_config(job["model"]).embed_dim, job["batch"]))
+    with quiet_compiler():
+        attention, patch = (runpy.run_path(str(ROOT / words[0])) for words, _ in check["SCRIPTS"].values())
+    points |= {("attention", "bfloat16", K, T) for T, K in attention["SHAPES"]}
+    points |= {("patch_embed", "bfloat16", p, B) for p, B in patch["GPU_SIZES"]}
     assert {point for goal in goals.GOALS for point in goal.points} <= points
+
+
+def test_goals_of_scripts_and_training_steps(results):
+    folder, write = results
+    rows = [
+        {"what": f"dense, T={T}, K=64", "provider": name, "forward_ratio": ratio, "full_ratio": ratio}
+        for T in goals.LENGTHS
+        for name, ratio in (("vlmfast", 1.0), ("sdpa-flash", 2.75), ("sdpa-cudnn", 2.5), ("sdpa", 0.5))
+    ]
+    rows.append({"what": "packed text", "provider": "vlmfast", "forward_ratio": 1.0, "full_ratio": 1.0})
+    (folder / "attention.json").write_text(json.dumps({"benchmark": "attention", "date": "2026-01-02", "rows": rows}))
+    patch = [
+        {"provider": name, "patch": 16, "batch": 1024, "forward_ms_ratio": ratio, "full_ms_ratio": 1.0}
+        for name, ratio in (("vlmfast", 1.0), ("eager", 3.5))
+    ]
+    read = {"op": "patch_embed", "date": "2026-01-02", "measurements": patch}
+    (folder / "patch.json").write_text(json.dumps(read))
+    for length in ("real", "77"):
+        step = made((2048,), machine=GPU, device="cuda", dtype="bfloat16", caption_length=length, model="ViT-B-32")
+        step.kernel = "ViT-B-32, training step"
+        del step.config["loss"]
+        step.rows[1].provider = "open_clip-compile"
+        write(f"step-{length}.json", step, command="x", date="2026-01-02")
+    table = goals.table(folder)
+    assert "| 2.5 / 2.5 / 2.5 / 2.5 / 2.5 / 2.5 ×, met |" in line(table, "attention, forward")
+    assert "| 3.5 ×, **missed** |" in line(table, "patch_embed")
+    assert "| unmeasured |" in line(table, "training step of ViT-B/32")
+    assert "| 1.5 ×, met |" in line(table, "… against open_clip compiled")
+    assert "| 1.5 ×, met |" in line(table, "… with real caption lengths")

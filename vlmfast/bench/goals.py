@@ -15,7 +15,8 @@ from vlmfast.bench.report import Row
 BLOCK = re.compile(r"<!-- goals: (\S+) -->\n(.*?)<!-- end of goals -->", re.S)
 UNMEASURED = "unmeasured"
 GB = 1e9
-Point: TypeAlias = tuple[str, str, int, int]  # kernel, dtype, D, B (of top k: N)
+# Kernel, dtype, D (of attention K, of patches their side) and B (of top k N, of attention T).
+Point: TypeAlias = tuple[str, str, int, int]
 Rows: TypeAlias = dict[str, Row]  # provider -> its row
 Measure: TypeAlias = Callable[[Rows], float | None]
 
@@ -59,6 +60,22 @@ def ours(value: Callable[[Row], float | None]) -> Measure:
     return lambda rows: value(rows["vlmfast"]) if "vlmfast" in rows else None
 
 
+def best_of(providers: Sequence[str], forward: bool) -> Measure:
+    """How many times our time the fastest of some providers takes."""
+
+    def measure(rows: Rows) -> float | None:
+        ran = [rows[name] for name in providers if name in rows and "vlmfast" in rows]
+        ratios = [row.forward_ratio if forward else row.full_ratio for row in ran]
+        return min((ratio for ratio in ratios if ratio is not None), default=None)
+
+    return measure
+
+
+def forward_times(provider: str) -> Measure:
+    """How many times our time a provider takes, forward."""
+    return best_of([provider], True)
+
+
 def _per(number: float | None, unit: float) -> float | None:
     return None if number is None else number / unit
 
@@ -71,6 +88,13 @@ SIGLIP = ("siglip_loss", "bfloat16", 768, LARGE)
 HARDEST = ("vse_loss, hardest", "bfloat16", 768, LARGE)
 SPLIT = ("clip_loss", "float32", 512, 8192)
 TOPK = ("similarity_topk", "bfloat16", 512, 2**20)
+LENGTHS = (50, 77, 197, 257, 577, 1025)
+ATTENTION = tuple(("attention", "bfloat16", 64, T) for T in LENGTHS)
+ATTENTION_AT = "K = 64, T = " + " / ".join(map(str, LENGTHS))
+SDPA = ("sdpa-flash", "sdpa-cudnn", "sdpa-efficient")
+PATCH = ("patch_embed", "bfloat16", 16, 1024)
+REAL, FULL = (f"ViT-B-32, training step, {captions}" for captions in ("real", "77"))
+STEP_REAL, STEP_FULL = (REAL, "bfloat16", 512, 2048), (FULL, "bfloat16", 512, 2048)
 WIDTHS = "D = 512 / 768 / 1024"
 AT = f"{WIDTHS}, B = {LARGE}"
 GOALS = (
@@ -124,6 +148,52 @@ GOALS = (
         "×",
         times("mm-topk"),
         "topk",
+    ),
+    Goal(
+        f"attention, forward, against the best of flash, cuDNN and efficient, {ATTENTION_AT}",
+        ATTENTION,
+        (2.5, 2.0, 1.5, 1.35, 1.1, 1.0),
+        True,
+        "×",
+        best_of(SDPA, True),
+        "attention",
+    ),
+    Goal(
+        "… forward and backward",
+        ATTENTION,
+        (2.0, 1.8, 1.4, 1.3, 1.1, 1.0),
+        True,
+        "×",
+        best_of(SDPA, False),
+        "attention",
+    ),
+    Goal(
+        "patch_embed against normalising and convolving, forward, B/16, uint8",
+        (PATCH,),
+        (4.0,),
+        True,
+        "×",
+        forward_times("eager"),
+        "patch",
+    ),
+    Goal(
+        "training step of ViT-B/32, B = 2048, full captions, against open_clip",
+        (STEP_FULL,),
+        (1.5,),
+        True,
+        "×",
+        times("open_clip"),
+        "model",
+    ),
+    Goal("… against open_clip compiled", (STEP_FULL,), (1.15,), True, "×", times("open_clip-compile"), "model"),
+    Goal(
+        "… with real caption lengths, against open_clip compiled",
+        (STEP_REAL,),
+        (1.5,),
+        True,
+        "×",
+        times("open_clip-compile"),
+        "model",
     ),
     Goal(
         f"clip_loss, error of the loss, bfloat16, {WIDTHS}, B = {SMALL}",
@@ -208,9 +278,9 @@ def measured(folder: Path) -> tuple[dict[Point, Rows], str]:
     for _, path, read in sorted(ours, key=lambda each: each[:2]):
         if read.get("part") == "tests":
             tests = _tests(read["runs"])
-        elif is_result(path):
+        else:
             fresh: dict[Point, Rows] = {}
-            for point, row in _rows(path):
+            for point, row in _rows(path) if is_result(path) else _rows_of_script(read):
                 fresh.setdefault(point, {})[row.provider] = row
             points |= fresh
     return points, tests
@@ -218,11 +288,31 @@ def measured(folder: Path) -> tuple[dict[Point, Rows], str]:
 
 def _rows(path: Path) -> Iterator[tuple[Point, Row]]:
     for report in load(path):
-        config = report.config
+        config, kernel = report.config, report.kernel
+        if "caption_length" in config:
+            kernel += f", {config['caption_length']}"
+            for row in report.rows:
+                yield (kernel, config["dtype"], config["dim"], row.batch), row
+            continue
         usual = config.get("k", 10) == 10 and config.get("queries", 8192) == 8192
         if usual and config.get("precision") in (None, "bf16x3") and config.get("max_workspace") is None:
             for row in report.rows:
-                yield (report.kernel, config["dtype"], config["dim"], row.batch), row
+                yield (kernel, config["dtype"], config["dim"], row.batch), row
+
+
+def _rows_of_script(read: dict) -> Iterator[tuple[Point, Row]]:
+    """Of benchmarks/ops/bench_attention.py and bench_patch_embedding.py on a GPU, which is in bfloat16."""
+    for each in [*read.get("rows", ()), *read.get("measurements", ())]:
+        dense = re.fullmatch(r"dense, T=(\d+), K=(\d+)", each.get("what", ""))
+        if dense:
+            T, K = map(int, dense.groups())
+            point = ("attention", "bfloat16", K, T)
+        elif read.get("op") == "patch_embed":
+            point = ("patch_embed", "bfloat16", each["patch"], each["batch"])
+        else:
+            continue
+        ratios = {name: each.get(f"{name}_ratio", each.get(f"{name}_ms_ratio")) for name in ("forward", "full")}
+        yield point, Row(each["provider"], point[3], forward_ratio=ratios["forward"], full_ratio=ratios["full"])
 
 
 def _tests(runs: Sequence[dict]) -> str:
