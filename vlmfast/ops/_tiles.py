@@ -148,7 +148,8 @@ def pair(x: Tensor, y: Tensor, normalize: bool, precision: str, kind: str) -> Pa
     if normalize:
         (x, x_power), (y, y_power) = _shortened(x), _shortened(y)
     x_inverse, y_inverse = (
-        inverse_lengths(side) if normalize else torch.ones(len(side), device=x.device) for side in (x, y)
+        inverse_lengths(side) if normalize else torch.ones(len(side), dtype=torch.float32, device=x.device)
+        for side in (x, y)
     )
     where = target(x.device)
     dtype = x.dtype if x.dtype == y.dtype else torch.float32
@@ -482,14 +483,14 @@ class _Sums:
             (p.x, p.x_rows, p.x_inverse, p.x_power) if of == "x" else (p.y, p.y_rows, p.y_inverse, p.y_power)
         )
         D, device = self.side.shape[1], self.side.device
-        self.sums = torch.empty(min(rows, held), D, device=device)
+        self.sums = torch.empty(min(rows, held), D, dtype=torch.float32, device=device)
         self.banded = held < rows
         # The interpreter's stores to bfloat16 do not round: there the results are rounded at the end.
         stored = torch.float32 if p.constants["UPCAST"] else dtype
         in_place = stored == torch.float32 and not self.banded
         self.out = self.sums if in_place else torch.empty(rows, D, dtype=stored, device=device)
         # Dot products of each sum with its row, before the factor: both sides' add up to Σ_ij G_ij cos_ij.
-        self.dots = torch.empty(rows, device=device)
+        self.dots = torch.empty(rows, dtype=torch.float32, device=device)
 
     @cached_property
     def factors(self) -> tuple[Tensor, ...]:

@@ -44,12 +44,12 @@ def _sum(
     gradient = gradients.constants if gradients else {"FOLD": False, "SPLIT": False}
     constants = {"GRADIENT": gradients is not None, **gradient, **p.constants}
     loss = torch.zeros((), dtype=torch.float64, device=device)
-    active = torch.zeros(B, device=device)  # [B] the active hinges that hold s_ii: whole numbers, exact in any order
+    active = torch.zeros_like(positive)  # [B] the active hinges that hold s_ii: whole numbers, exact in any order
     for block in gradients.blocks() if gradients else _tiles.blocks(B, B, _tiles.EDGE, _tiles.EDGE):
         row, column, rows, columns = block
         tiles_m, tiles_n = cdiv(rows, p.config.block_m), cdiv(columns, p.config.block_n)
-        parts = torch.zeros(tiles_m * tiles_n, device=device)
-        row_active, col_active = torch.empty(tiles_n, rows, device=device), torch.empty(tiles_m, columns, device=device)
+        parts = positive.new_zeros(tiles_m * tiles_n)
+        row_active, col_active = positive.new_empty(tiles_n, rows), positive.new_empty(tiles_m, columns)
         arguments = (*p.operands, positive, parts, row_active, col_active, *G, margin, *p.sizes, *block)
         _tiles.launch(_hinge_tiles, (tiles_m * tiles_n,), *arguments, config=p.config, **constants)
         loss += parts.sum(dtype=torch.float64)
@@ -58,7 +58,7 @@ def _sum(
         if gradients:
             gradients.add(*block)
 
-    dx, dy = torch.empty(0, device=device), torch.empty(0, device=device)
+    dx, dy = positive.new_empty(0), positive.new_empty(0)
     if gradients:
         # Each active hinge holds its positive as well; dx and dy are gradients of unit rows, or those over the length.
         x_turn, y_turn = active * p.x_inverse, active * p.y_inverse
@@ -68,19 +68,19 @@ def _sum(
             gradients.x.sums -= y_turn[:, None] * p.y
         if need_y:
             gradients.y.sums -= x_turn[:, None] * p.x
-        dx, dy = gradients.results(torch.ones((), device=device))
+        dx, dy = gradients.results(positive.new_ones(()))
     return loss.float(), dx, dy
 
 
 def _hardest(p: Pair, positive: Tensor, margin: float, need_x: bool, need_y: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Only the worst violation of each row and of each column counts; among equals, the one of lowest index."""
     B, device = len(positive), positive.device
-    best = torch.full((2, B), -torch.inf, device=device)  # rows', then columns'
+    best = positive.new_full((2, B), -torch.inf)  # rows', then columns'
     at = torch.zeros(2, B, dtype=torch.int64, device=device)
     for block in _tiles.blocks(B, B, _tiles.EDGE, _tiles.EDGE):
         row, column, rows, columns = block
         tiles = cdiv(rows, p.config.block_m), cdiv(columns, p.config.block_n)
-        row_best, col_best = torch.empty(tiles[1], rows, device=device), torch.empty(tiles[0], columns, device=device)
+        row_best, col_best = best.new_empty(tiles[1], rows), best.new_empty(tiles[0], columns)
         row_at, col_at = (torch.empty_like(values, dtype=torch.int32) for values in (row_best, col_best))
         arguments = (*p.operands, row_best, row_at, col_best, col_at, *p.sizes, *block)
         _tiles.launch(_hardest_tiles, (tiles[0] * tiles[1],), *arguments, config=p.config, **p.constants)
@@ -90,7 +90,7 @@ def _hardest(p: Pair, positive: Tensor, margin: float, need_x: bool, need_y: boo
             _tiles.launch(_merge_best, (cdiv(count, 128),), *arguments, BLOCK=128)
 
     cost = (margin + best - positive).clamp(min=0)  # each row's and each column's hardest hinge
-    dx, dy = torch.empty(0, device=device), torch.empty(0, device=device)
+    dx, dy = positive.new_empty(0), positive.new_empty(0)
     if need_x or need_y:
         row_on, column_on = (cost > 0).float()[:, :, None]
         (row_at, column_at), own = at, row_on + column_on

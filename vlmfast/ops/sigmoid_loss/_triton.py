@@ -45,7 +45,7 @@ def forward(
     sums = torch.zeros(3, dtype=torch.float64, device=x.device)  # of the loss, dz cos, and dz
     for block in gradients.blocks() if gradients else _tiles.blocks(B, B, _tiles.EDGE, _tiles.EDGE):
         tiles = cdiv(block[2], p.config.block_m) * cdiv(block[3], p.config.block_n)
-        parts = torch.zeros(3, tiles, device=x.device)
+        parts = torch.zeros(3, tiles, dtype=torch.float32, device=x.device)
         arguments = (*p.operands, logit_scale, logit_bias, parts, *G, *p.sizes, *block, tiles)
         _tiles.launch(_sigmoid_tiles, (tiles,), *arguments, config=p.config, **constants)
         sums += parts.sum(1, dtype=torch.float64)

@@ -34,7 +34,7 @@ def forward(
     """[M, N] similarities."""
     p = _tiles.pair(query, items, normalize, precision, kind="matrix")
     M, N, _, _ = p.sizes
-    out = torch.empty(M, N, device=query.device)
+    out = torch.empty(M, N, dtype=torch.float32, device=query.device)
     tiles = cdiv(M, p.config.block_m) * cdiv(N, p.config.block_n)
     _tiles.launch(_matrix_tiles, (tiles,), *p.operands, out, *p.sizes, config=p.config, **p.constants)
     return out
@@ -118,7 +118,7 @@ def _scores_of(p: Pair, items: Tensor) -> Tensor:
     items = items.clamp(min=0)
     one = Pair(**{**vars(p), "y_rows": p.y_rows[items], "y_inverse": p.y_inverse[items]})
     M, _, D, stride = p.sizes
-    scores = torch.empty(M, device=p.x.device)
+    scores = torch.empty(M, dtype=torch.float32, device=p.x.device)
     arguments = (*one.operands, scores, M, M, D, stride)
     _tiles.launch(_diagonal, (cdiv(M, p.config.block_m),), *arguments, config=p.config, **p.constants)
     return scores

@@ -48,7 +48,7 @@ def forward(
     p = _tiles.pair(x, y, normalize, precision, kind="softmax" if form == "index" else "positives")
     kept = Kept.empty(p, keep if form == "index" else 0)
     # z of every row's positive; INDEX's pairs are mutual wherever columns count, so that they are the columns', too.
-    positive = torch.zeros(len(x) if form == "index" else 0, device=x.device)
+    positive = torch.zeros(len(x) if form == "index" else 0, dtype=torch.float32, device=x.device)
     rows = _Side(p.sizes[0], row_ids, row_weight, row_share, form, x.device)
     cols = _Side(p.sizes[1], col_ids, col_weight, col_share, form, x.device)
     _sum_tiles(p, logit_scale, rows, cols, positive, kept, form)
@@ -97,7 +97,7 @@ def backward(
     saved = Kept(p, kept)
     row_terms = _terms(row_lse, row_pos_lse, row_weight, row_share, form, label_smoothing, others=N)
     col_terms = _terms(col_lse, col_pos_lse, col_weight, col_share, form, label_smoothing, others=M)
-    pulls = torch.empty(M if form == "index" else 0, device=x.device)
+    pulls = torch.empty(M if form == "index" else 0, dtype=torch.float32, device=x.device)
     if form == "index":
         sides: dict[str, Any] = {"ROWS": row_weight is not None, "COLS": col_weight is not None, "BLOCK": 128}
         _tiles.launch(_pulls, (cdiv(M, 128),), row_ids, row_terms, col_terms, pulls, M, N, **sides)
@@ -169,7 +169,8 @@ class _Side:
     ) -> None:
         self.ids, self.weight, self.share, self.form = ids, weight, share, form
         size = 0 if weight is None else size
-        self.state = torch.empty(_PLANES[form], size, device=device)  # the partial results of all tiles so far
+        # The partial results of all tiles so far.
+        self.state = torch.empty(_PLANES[form], size, dtype=torch.float32, device=device)
         self.mean: Tensor | None = None  # of each row's z, where labels are smoothed
         self.lse = torch.empty(size, dtype=torch.float64, device=device)
         self.positive_lse = torch.empty(size if form == "in" else 0, dtype=torch.float64, device=device)
@@ -202,9 +203,8 @@ def _sum_tiles(p: Pair, logit_scale: Tensor, rows: _Side, cols: _Side, positive:
     M, N, _, _ = p.sizes
     most = min(_tiles.EDGE, M), min(_tiles.EDGE, N)
     tiles = cdiv(most[0], p.config.block_m), cdiv(most[1], p.config.block_n)
-    device = p.x.device
-    row_parts = torch.empty(_PLANES[form], tiles[1], most[0] if rows.weight is not None else 0, device=device)
-    col_parts = torch.empty(_PLANES[form], tiles[0], most[1] if cols.weight is not None else 0, device=device)
+    row_parts = rows.state.new_empty(_PLANES[form], tiles[1], most[0] if rows.weight is not None else 0)
+    col_parts = cols.state.new_empty(_PLANES[form], tiles[0], most[1] if cols.weight is not None else 0)
     constants = {
         "ROWS": rows.weight is not None,
         "COLS": cols.weight is not None,
@@ -244,7 +244,7 @@ def _terms(
     """[5, M] float32: what `_gradient_tiles` needs of each row, as `_side_terms` lays it out."""
     if weight is None:
         return lse
-    terms = torch.empty(5, len(lse), device=lse.device)
+    terms = torch.empty(5, len(lse), dtype=torch.float32, device=lse.device)
     share = weight if share is None else share  # never read if absent
     arguments = (lse, positive_lse, weight, share, terms, label_smoothing, others, len(lse))
     _tiles.launch(_side_terms, (cdiv(len(lse), 128),), *arguments, FORM=_FORMS[form], BLOCK=128)
