@@ -289,10 +289,13 @@ def store_gradient(g, high, low, i, j, rows, cols, stride, SPLIT: tl.constexpr, 
 def _inverse_lengths(x, inverse, M, D, shortest, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     square = tl.zeros([BLOCK_M], tl.float32)
+    small = tl.zeros([BLOCK_M], tl.float32)  # the square of the row over 2^64: that of a long row passes float32
     for k in range(0, D, BLOCK_K):
         a = load_rows(x, m, k + tl.arange(0, BLOCK_K), M, D, D).to(tl.float32)
         square += tl.sum(a * a, 1)
-    length = tl.sqrt_rn(square)
+        a *= 5.421010862427522e-20
+        small += tl.sum(a * a, 1)
+    length = tl.where(square == float("inf"), tl.sqrt_rn(small) * 18446744073709551616.0, tl.sqrt_rn(square))
     length = tl.where(length < shortest, shortest, length)  # a NaN stays
     tl.store(inverse + m, tl.div_rn(1.0, length), mask=m < M)
 
