@@ -114,8 +114,10 @@ class Pair:
         """The leading arguments of every kernel over tiles: x, y, and their inverse lengths."""
         x, y = self.x_rows, self.y_rows
         if self.constants["TMA"]:
-            x = TensorDescriptor.from_tensor(x, [self.config.block_m, self.config.block_k])
-            y = TensorDescriptor.from_tensor(y, [self.config.block_n, self.config.block_k])
+            # Not their own strides: that of a single row may be anything.
+            strides = [x.shape[1], 1]
+            x = TensorDescriptor(x, list(x.shape), strides, [self.config.block_m, self.config.block_k])
+            y = TensorDescriptor(y, list(y.shape), strides, [self.config.block_n, self.config.block_k])
         return x, y, self.x_inverse, self.y_inverse
 
     @property
