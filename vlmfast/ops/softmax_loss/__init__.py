@@ -141,7 +141,7 @@ def info_nce_loss(
         _check.is_vector(op, N, key_ids=key_ids)
         _check.same_device(op, query=query, query_ids=query_ids, key_ids=key_ids)
         form = "in" if positives == "in" else "out"
-        row_ids, col_ids = query_ids, key_ids
+        row_ids, col_ids = query_ids.contiguous(), key_ids.contiguous()  # kernels read them one after the other
     elif labels is not None:
         _check.is_integer(op, labels=labels)
         _check.is_vector(op, M, labels=labels)
