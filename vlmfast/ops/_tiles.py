@@ -48,7 +48,7 @@ EDGE = 16384
 STEP = 256
 """Blocks of S are multiples of this high and wide: of whole tiles."""
 
-SUMS = 2**29
+SUMS = 2**28
 """Bytes of float32 sums of y above which dx and dy are made one after the other, each a band at a time."""
 
 LN2 = math.log(2)

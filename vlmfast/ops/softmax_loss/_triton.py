@@ -125,6 +125,7 @@ def backward(
     gradients = sweep(need_x or not need_y, need_y and not apart)
     dx, dy = gradients.results()
     dots = (gradients.y if need_y and not need_x else gradients.x).dots
+    del gradients  # its workspace is the next one's
     if apart:
         _, dy = sweep(False, True).results()
     return dx if need_x else x.new_empty(0), dy if need_y else y.new_empty(0), factor * dots.sum()
