@@ -144,22 +144,26 @@ class Kept:
         if len(data) == 0:
             self.arguments: tuple = (p.x_inverse, 0, p.x_inverse, 0, 0)  # never read, but addresses are needed
             return
-        tiles = cdiv(p.sizes[1], p.config.block_n)
-        powers = data[:, : -4 * (tiles + 1)].view(p.gradient)
-        others = data[:, -4 * (tiles + 1) :].view(torch.float32)
-        self.positive = others[:, tiles]  # [rows]
+        first, _ = self._widths(p)
+        powers, others = data[:, :first].view(p.gradient), data[:, first:].view(torch.float32)
+        self.positive = others[:, cdiv(p.sizes[1], p.config.block_n)]  # [rows]
         powers = powers[:, : p.sizes[1]]
         self.arguments = (p.tiles_of(powers), powers.stride(0), others, others.stride(0), len(data))
 
     @classmethod
     def empty(cls, p: Pair, most: int) -> Kept:
         """Room for as many rows as `most` bytes hold; for none in float16, which has no room for small powers."""
-        M, N, _, _ = p.sizes
-        size = cdiv(N * p.gradient.itemsize, 16) * 16 + cdiv(4 * (cdiv(N, p.config.block_n) + 1), 16) * 16
-        rows = min(M, most // size // p.config.block_m * p.config.block_m)
+        size = sum(cls._widths(p))
+        rows = min(len(p.x), most // size // p.config.block_m * p.config.block_m)
         if p.split or p.gradient == torch.float16 or rows == 0:
             return cls(p, torch.empty(0, dtype=torch.uint8, device=p.x.device))
         return cls(p, torch.empty(rows, size, dtype=torch.uint8, device=p.x.device))
+
+    @staticmethod
+    def _widths(p: Pair) -> tuple[int, int]:
+        """Bytes of a row's powers, and of the rest: 16 numbers at a time, so that one kernel is compiled for any N."""
+        N = len(p.y)
+        return cdiv(N * p.gradient.itemsize, 64) * 64, cdiv(4 * (cdiv(N, p.config.block_n) + 1), 64) * 64
 
 
 class _Side:
