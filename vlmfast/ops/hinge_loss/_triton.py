@@ -9,6 +9,8 @@ from vlmfast.ops import _tiles
 from vlmfast.ops._tiles import Pair, cdiv, products, store_gradient, tile_at, tl, triton
 from vlmfast.ops._unit import unit_rows_backward
 
+_GROUP = 32  # tiles whose hardest foreigners are compared at once
+
 
 def unsupported(x: Tensor, y: Tensor) -> str | None:
     """None, or why the Triton kernels cannot run this call."""
@@ -87,7 +89,7 @@ def _hardest(p: Pair, positive: Tensor, margin: float, need_x: bool, need_y: boo
         for side, start, values, indices in ((0, row, row_best, row_at), (1, column, col_best, col_at)):
             count = values.shape[1]
             arguments = (values, indices, best[side, start:], at[side, start:], len(values), count)
-            _tiles.launch(_merge_best, (cdiv(count, 128),), *arguments, BLOCK=128)
+            _tiles.launch(_merge_best, (cdiv(count, 64),), *arguments, GROUP=_GROUP, BLOCK=64)
 
     cost = (margin + best - positive).clamp(min=0)  # each row's and each column's hardest hinge
     dx, dy = positive.new_empty(0), positive.new_empty(0)
@@ -227,15 +229,20 @@ def _merge_best(
     at,
     tiles,
     count,
+    GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(best + r, mask=r < count, other=0.0)
     index = tl.load(at + r, mask=r < count, other=0)
-    for tile in range(0, tiles):  # in the order of indices: the first of equals stays
-        where = tl.cast(tile, tl.int64) * count + r
-        new = tl.load(bests + where, mask=r < count, other=float("-inf"))
-        new_at = tl.load(ats + where, mask=r < count, other=0).to(tl.int64)
+    for first in range(0, tiles, GROUP):  # in the order of indices: the first of equals stays
+        t = first + tl.arange(0, GROUP)
+        inside = (t < tiles)[:, None] & (r < count)[None, :]
+        where = t.to(tl.int64)[:, None] * count + r[None, :]
+        news = tl.load(bests + where, mask=inside, other=float("-inf"))
+        new = tl.max(news, 0)
+        its = tl.where(news == new[None, :], tl.load(ats + where, mask=inside, other=2147483647), 2147483647)
+        new_at = tl.min(its, 0).to(tl.int64)
         better = new > value
         value = tl.where(better, new, value)
         index = tl.where(better, new_at, index)
