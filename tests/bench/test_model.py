@@ -102,6 +102,16 @@ def test_every_provider_takes_the_same_step(tiny, open_clip, fake_cuda, device, 
     assert theirs.full_ratio == theirs.full_ms.median / ours.full_ms.median
 
 
+@pytest.mark.filterwarnings("ignore")  # of other people's imports
+def test_open_clip_itself_takes_the_same_step(tiny):
+    ours, theirs = run(tiny).rows
+    if "pip install" in (theirs.reason or ""):
+        pytest.skip(theirs.reason)
+    assert theirs.reason is None
+    assert theirs.features_apart < 1e-5
+    assert theirs.loss == pytest.approx(ours.loss, rel=1e-5)
+
+
 def test_models_with_a_bias_train_on_their_own_loss(tiny, open_clip):
     tiny.write_text(json.dumps(TINY | {"init_logit_bias": -10.0}))
     ours, theirs = run(tiny).rows
