@@ -26,17 +26,17 @@ def counted(items: Iterable[Item], what: str, total: int | None = None, size: Ca
     out, terminal = sys.stderr, sys.stderr.isatty()
     of = "" if total is None else f"/{total:,}"
     began = told = time.monotonic()
-    done = 0
-
-    def tell(now: float, end: str) -> None:
-        rate = done / max(now - began, 1e-9)
-        print(f"{what} {done:,}{of}  {rate:,.0f}/s", end=end, file=out, flush=True)
-
+    done, shown = 0, -1
     for item in items:
         yield item
         done += size(item)
         now = time.monotonic()
         if now - told >= (0.1 if terminal else LINE_EVERY_S):
-            tell(now, "\r" if terminal else "\n")
-            told = now
-    tell(time.monotonic(), "\n")
+            print(_line(what, done, of, now - began), end="\r" if terminal else "\n", file=out, flush=True)
+            told, shown = now, done
+    if terminal or done > shown:
+        print(_line(what, done, of, time.monotonic() - began), file=out, flush=True)
+
+
+def _line(what: str, done: int, of: str, seconds: float) -> str:
+    return f"{what} {done:,}{of}  {done / max(seconds, 1e-9):,.0f}/s"
