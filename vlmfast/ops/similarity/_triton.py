@@ -82,7 +82,7 @@ def ranks(
     best = own.amax(1)
 
     splits, span = _splits(p)
-    above, ties = torch.empty(2, splits, M, dtype=torch.int32, device=query.device).unbind()
+    above, ties = (torch.empty(splits, M, dtype=torch.int32, device=query.device) for _ in range(2))
     arguments = (*p.operands, best, above, ties, *p.sizes, span)
     _tiles.launch(_counts_of_rows, _grid(p, splits), *arguments, config=p.config, **p.constants)
     again = torch.zeros_like(positives, dtype=torch.bool)

@@ -387,7 +387,7 @@ def _store_part(at, plane, ref, total, pos_ref, pos, mask, FORM: tl.constexpr):
         tl.store(at + 3 * plane, pos, mask=mask)
 
 
-@triton.jit(do_not_specialize=["tiles", "start", "count", "size", "stride"])
+@triton.jit(do_not_specialize=["tiles", "start", "count", "size", "stride", "plane"])
 def _merge(
     parts,  # [PLANES, tiles, stride]
     state,  # [PLANES, size]
