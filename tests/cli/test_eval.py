@@ -189,8 +189,9 @@ def test_every_form_of_a_checkpoint_scores_the_same(vlmfast, run_folder, retriev
     forms = [[run_folder], [run_folder / "checkpoints" / "step_000002"], [tmp_path / "hf"], [tmp_path / "open_clip"]]
     forms += [[bare, "--model", run_folder / "open_clip_config.json", "--tokenizer", run_folder]]
     data = ["--dataset-type", "webdataset", "--val-data", retrieval, "--json"]
-    scores = [json.loads(vlmfast("eval", "--pretrained", *form, *data).out)["metrics"] for form in forms]
-    assert all(score == scores[0] for score in scores)
+    printed = [json.loads(vlmfast("eval", "--pretrained", *form, *data).out) for form in forms]
+    assert all(each["metrics"] == printed[0]["metrics"] for each in printed)
+    assert [each["model"] for each in printed] == ["run", "run", "hf", "open_clip", "epoch_3"]
     assert {open_pretrained(ModelFlags(pretrained=str(form[0]))).digest() for form in forms[:4]} == {
         open_pretrained(ModelFlags(pretrained=str(run_folder))).digest()
     }
@@ -257,6 +258,19 @@ def test_embed_prepares_images_so(vlmfast, wide, tmp_path):
     assert (rows["shortest"] - rows["squash"]).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("vision", [VISION, {"image_size": SIDE, "layers": [1, 1, 1, 1], "width": 8}])
+def test_half_precision_on_disk_is_float32_in_use(vision, tmp_path):
+    model, tokenizer = model_and_tokenizer(vision_cfg=vision)
+    folder = write_open_clip(tmp_path / "half", model.half(), tokenizer)
+    found, expected = open_pretrained(ModelFlags(pretrained=str(folder))), load_clip(folder)
+    assert not found.model.training
+    weights = found.model.state_dict()
+    assert {name: value.dtype for name, value in weights.items()} == {
+        name: value.dtype for name, value in expected.state_dict().items()
+    }
+    assert all(torch.equal(value, weights[name]) for name, value in expected.state_dict().items())
+
+
 def test_a_released_model_is_called_by_its_name():
     assert {name: _name(load_config(name)) for name in config_names()} == {name: name for name in config_names()}
     assert _name(model_and_tokenizer()[0].config) is None
@@ -293,6 +307,7 @@ BAD_OUTPUT = (
         (["--tokenizer", "absent.json"], "absent.json is not a file"),
         (["--tokenizer", "other"], "is another model's tokenizer: it has 280 ids"),
         (["--pretrained", "bare"], "holds no tokenizer.json; name the model's tokenizer with --tokenizer"),
+        (["--model", "ViT-B-32"], "--model ViT-B-32: is for bare files of weights"),
         (["--pretrained", "wide"], "the readers make square images"),
         (["--pretrained", "weights.safetensors"], "tensors do not say which activation they need"),
         (["--pretrained", "empty"], "holds no checkpoint that is known here"),

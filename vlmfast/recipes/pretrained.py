@@ -57,7 +57,7 @@ class Pretrained:
     """A model that is ready for images and captions."""
 
     model: Clip | Align
-    name: str  # of the released model that it is built like, else of its folder
+    name: str  # of the released model that it is built like, else of its folder or file
     source: str  # the path that was given, or the checkpoint found there
     image_size: int  # pixels a side
     fit: Fit
@@ -100,9 +100,13 @@ def open_pretrained(flags: ModelFlags) -> Pretrained:
     """
     device = pick_device(flags.device)
     path = Path(flags.pretrained)
-    if path.name.startswith("step_") or (path / "checkpoints").is_dir():
+    is_run = path.name.startswith("step_") or (path / "checkpoints").is_dir()
+    if flags.model and (is_run or _is_align(path)):
+        raise DataError(f"--model {flags.model}: is for bare files of weights; {path} says itself what model it is")
+    if is_run:
         config, model, checkpoint = _load_run(path)
-        folder, fit, source = checkpoint.parent.parent, _fit(config, "vlmfast"), str(checkpoint)
+        path = folder = checkpoint.parent.parent
+        fit, source = _fit(config, "vlmfast"), str(checkpoint)
     elif _is_align(path):
         return _open_align(flags, path, device)
     else:
@@ -110,11 +114,12 @@ def open_pretrained(flags: ModelFlags) -> Pretrained:
         config, folder, fit, source = found.config, found.folder, _fit(found.config, found.source), flags.pretrained
         with torch.device("meta"):
             model = Clip(config)
-        model.load_state_dict({name: tensor.float() for name, tensor in found.weights.items()}, assign=True)
+        model.load_state_dict(found.weights, assign=True)
+        model = model.float()  # counts stay whole numbers
     text = config.text_cfg
     return Pretrained(
         _frozen(model, device),
-        _name(config) or (path if path.is_dir() else path.with_suffix("")).resolve().name,
+        _name(config) or (path.stem if path.is_file() else path.resolve().name),
         source,
         image_side(config),
         fit,
