@@ -267,7 +267,7 @@ def any_of(condition):
 
 
 @triton.jit
-def store_gradient(g, high, low, i, j, rows, cols, stride, SPLIT: tl.constexpr, TMA: tl.constexpr):
+def store_gradient(g, high, low, i, j, rows, stride, SPLIT: tl.constexpr, TMA: tl.constexpr):
     """Writes tile (i, j) of a block of G; with SPLIT as two bfloat16 parts, to `high` and `low`."""
     if TMA:  # it cuts off what lies outside the workspace; within it, nobody reads what lies outside the block
         top = g.to(high.dtype)
@@ -277,7 +277,8 @@ def store_gradient(g, high, low, i, j, rows, cols, stride, SPLIT: tl.constexpr, 
     else:
         m, n = i * g.shape[0] + tl.arange(0, g.shape[0]), j * g.shape[1] + tl.arange(0, g.shape[1])
         at = m.to(tl.int64)[:, None] * stride + n[None, :]
-        inside = (m < rows)[:, None] & (n < cols)[None, :]
+        # Up to the stride, a multiple of 16: so 8 numbers are written at a time, the last of a row for nobody.
+        inside = (m < rows)[:, None] & (n < stride)[None, :]
         top = g.to(high.dtype.element_ty)
         tl.store(high + at, top, mask=inside)
         if SPLIT:

@@ -172,7 +172,7 @@ def _hinge_tiles(
         g = row_on + col_on
         if FOLD:
             g *= x_inv[:, None] * y_inv[None, :]
-        store_gradient(g, G, G_low, i, j, rows, cols, G_stride, SPLIT, TMA)
+        store_gradient(g, G, G_low, i, j, rows, G_stride, SPLIT, TMA)
 
 
 @triton.jit(do_not_specialize=["M", "N", "rows", "cols"])

@@ -122,7 +122,7 @@ def _sigmoid_tiles(
             g = dz * UNIT
             if FOLD:
                 g *= x_inv[:, None] * y_inv[None, :]
-            store_gradient(g, G, G_low, i, j, rows, cols, G_stride, SPLIT, TMA)
+            store_gradient(g, G, G_low, i, j, rows, G_stride, SPLIT, TMA)
 
 
 @triton.jit

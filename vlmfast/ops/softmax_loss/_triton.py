@@ -708,7 +708,7 @@ def _gradient_tiles(
             g -= tl.load(col_at + 3 * col_plane, mask=n < N, other=0.0)[None, :]
     if FOLD:
         g *= x_inv[:, None] * y_inv[None, :]
-    store_gradient(g, G, G_low, i, j, rows, cols, G_stride, SPLIT, TMA)
+    store_gradient(g, G, G_low, i, j, rows, G_stride, SPLIT, TMA)
 
 
 @triton.jit
