@@ -181,7 +181,8 @@ def _refuse_long(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
     try:
         return tokenizer(texts, truncate=False)
     except ValueError as error:
-        raise DataError(f"--long-captions refuse: {error}") from None
+        said = str(error).partition(". Shorten it")[0]
+        raise DataError(f"{said}. Shorten it, or have it cut with --long-captions truncate") from None
 
 
 def _load_run(path: Path) -> tuple[ClipConfig, Clip, Path]:
