@@ -90,9 +90,10 @@ class Launch(NamedTuple):
     constants: tuple[tuple[str, Any], ...]
     divisible: tuple[int, ...]  # arguments known to be multiples of 16
     config: Config | None
+    fuse: bool
 
 
-def describe(kernel: Any, args: tuple, constants: dict[str, Any], config: Config | None) -> Launch:
+def describe(kernel: Any, args: tuple, constants: dict[str, Any], config: Config | None, fuse: bool) -> Launch:
     """A launch as the compiler sees it: the types that Triton would find at run time."""
     signature, divisible = [], []
     for place, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
@@ -109,15 +110,15 @@ def describe(kernel: Any, args: tuple, constants: dict[str, Any], config: Config
             if value % 16 == 0 and not kernel.params[place].do_not_specialize:
                 divisible.append(place)
     signature += [(name, "constexpr") for name in constants]
-    return Launch(kernel, tuple(signature), tuple(constants.items()), tuple(divisible), config)
+    return Launch(kernel, tuple(signature), tuple(constants.items()), tuple(divisible), config, fuse)
 
 
 def launches(where: str, call: Callable[[], Any]) -> list[Launch]:
     """What `call`, on tensors without data, would launch on a GPU of that kind."""
     found: list[Launch] = []
 
-    def record(kernel, grid, *args, config=None, **constants):
-        found.append(describe(kernel, args, constants, config))
+    def record(kernel, grid, *args, config=None, fuse=True, **constants):
+        found.append(describe(kernel, args, constants, config, fuse))
 
     before = _tiles.launch, _tiles.target, _tiles._accumulate
     _tiles.launch, _tiles.target = record, lambda device: where
@@ -299,7 +300,9 @@ def compiled(launch: Launch, target: Target) -> Result:
         dict(launch.constants),
         {(place,): [["tt.divisibility", 16]] for place in launch.divisible},
     )
-    options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages} if launch.config else {}
+    options: dict[str, Any] = {} if launch.fuse else {"enable_fp_fusion": False}
+    if launch.config:
+        options |= {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
     try:
         binary = triton.compile(source, target=target.gpu, options=options)
     except Exception as error:

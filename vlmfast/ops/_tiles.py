@@ -74,11 +74,23 @@ def unsupported(x: Tensor, y: Tensor) -> str | None:
     return None
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config | None = None, **constants: Any) -> Any:
-    """Runs a kernel on the device of its first argument, a tensor or a descriptor of one; returns it, compiled."""
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    config: Config | None = None,
+    fuse: bool = True,
+    **constants: Any,
+) -> Any:
+    """Runs a kernel on the device of its first argument, a tensor or a descriptor of one; returns it, compiled.
+
+    fuse: a product that is added to something need not be rounded first.
+    """
     device = getattr(args[0], "base", args[0]).device
     if config is not None:
         constants |= {"num_warps": config.warps, "num_stages": config.stages}
+    if not fuse and device.type == "cuda":  # the interpreter fuses nothing, and knows no such option
+        constants["enable_fp_fusion"] = False
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         return kernel[grid](*args, **constants)
 

@@ -116,7 +116,8 @@ def backward(
         for block in gradients.blocks():
             grid = (cdiv(block[2], p.config.block_m) * cdiv(block[3], p.config.block_n),)
             arguments = (*p.operands, logit_scale, *vectors, *saved.arguments, *gradients.workspace, *p.sizes, *block)
-            _tiles.launch(_gradient_tiles, grid, *arguments, config=p.config, **gradients.constants, **constants)
+            options = {**gradients.constants, **constants}
+            _tiles.launch(_gradient_tiles, grid, *arguments, config=p.config, fuse=False, **options)
             gradients.add(*block)
         return gradients
 
@@ -222,7 +223,10 @@ def _sum_tiles(p: Pair, logit_scale: Tensor, rows: _Side, cols: _Side, positive:
         row, column, height, width = block
         here = cdiv(height, p.config.block_m), cdiv(width, p.config.block_n)
         arguments = (*p.operands, logit_scale, *ids, row_parts, col_parts, *kept.arguments, *p.sizes, *block)
-        _tiles.launch(_tile_sums, (here[0] * here[1],), *arguments, *most, *tiles, config=p.config, **constants)
+        # One z for the sums, the positives and the gradient: p = 1 where nothing else is in a sum.
+        _tiles.launch(
+            _tile_sums, (here[0] * here[1],), *arguments, *most, *tiles, config=p.config, fuse=False, **constants
+        )
         if rows.weight is not None:
             _merge_into(rows.state, row_parts, row, height, here[1], fresh=column == 0)
         if cols.weight is not None:
