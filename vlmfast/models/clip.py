@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -44,8 +45,11 @@ class Clip(TextTower):
         bias = config.init_logit_bias
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
 
-    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
-        """Image embeddings [B, D], of unit length if `normalize`. Args and Raises: see `ViT`."""
+    def encode_image(self, image: Tensor | Sequence[Tensor], normalize: bool = False) -> Tensor:
+        """Image embeddings [B, D], of unit length if `normalize`. Args and Raises: see `ViT`.
+
+        A ViT takes a list of images of several sizes, too.
+        """
         features = self.visual(image)
         return F.normalize(features, dim=-1) if normalize else features
 
@@ -54,7 +58,7 @@ class Clip(TextTower):
         features = super().forward(text)
         return F.normalize(features, dim=-1) if normalize else features
 
-    def forward(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+    def forward(self, image: Tensor | Sequence[Tensor], text: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         """What a contrastive loss takes, under the names of open_clip's `output_dict`.
 
         Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from vlmfast.errors import DataError, DTypeError, ShapeError
 from vlmfast.layers import LayerNorm, Mlp, PatchEmbedding, Transformer, looked_into
+from vlmfast.ops.patch_embedding import interpolate_positions
 
 POOLS = ("tok", "avg", "map")
 Group: TypeAlias = list[nn.Module | nn.Parameter | None]  # of parameters that are frozen together
@@ -89,10 +91,13 @@ class ViT(nn.Module):
         embed_dim: D, with "map" the width.
         activation: a key of `vlmfast.layers.ACTIVATIONS`.
         mean, std: of each channel, for pixels in 0..1.
-        image: [B, 3, H, W]; uint8 in 0..255, or floating and already normalised with mean and std.
+        image: [B, 3, H, W]; uint8 in 0..255, or floating and already normalised with mean and std. Or a list of B
+            images [3, H, W], each of its own size in whole patches: positions are interpolated, and the tokens of all
+            lie in one stream without padding.
     Returns: [B, D].
     Raises:
-        ShapeError: image is not [B, 3, H, W] of the configured size, or D is not the width that "map" ends with.
+        ShapeError: image is not [B, 3, H, W] of the configured size, one of a list is not [3, H, W] in whole patches,
+            or D is not the width that "map" ends with.
         DTypeError: image is neither uint8 nor floating.
     Source: Dosovitskiy et al. 2021; ln_pre and the initialisation as in OpenAI's CLIP; "map": Zhai et al. 2022.
     """
@@ -126,7 +131,9 @@ class ViT(nn.Module):
         self.attn_pool = AttentionPool(C, heads, config.mlp_ratio, activation, eps) if mapped else None
         self.proj = None if mapped else nn.Parameter(scale * torch.randn(C, embed_dim))
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor | Sequence[Tensor]) -> Tensor:
+        if not isinstance(image, Tensor):
+            return self._of_their_own_sizes(image)
         if (
             self.config.pool_type == "tok"
             and self.attn_pool is None
@@ -135,7 +142,10 @@ class ViT(nn.Module):
             x = self._embed(image)
             first = torch.arange(0, x.shape[:2].numel(), x.shape[1], device=x.device)  # of each image: the class token
             return self.ln_post(self.transformer(x, pooled=first)) @ self.proj
-        x = self.tokens(image)
+        return self._pooled(self.tokens(image))
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        """[B, D] from the last block's output [B, T, C]."""
         if self.attn_pool is not None:
             return self.attn_pool(self.ln_post(x))
         if self.config.pool_type == "tok":
@@ -145,6 +155,33 @@ class ViT(nn.Module):
         else:
             pooled = self.ln_post(x[:, 1:]).mean(1)
         return pooled @ self.proj
+
+    def _of_their_own_sizes(self, images: Sequence[Tensor]) -> Tensor:
+        """[B, D] of images [3, H, W]: those of one size are embedded together, and lie side by side in the stream."""
+        check_images(images, self.config.patch_size)
+        p = self.config.patch_size
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, image in enumerate(images):
+            groups.setdefault(tuple(image.shape[1:]), []).append(i)
+        # Short sequences first, as they lie best on the CPU.
+        sizes = sorted(groups, key=lambda size: (size[0] * size[1], size))
+        embedded = []
+        for H, W in sizes:
+            positions = interpolate_positions(
+                self.positional_embedding,
+                (H // p, W // p),
+                old_grid=self.config.grid,
+                class_token=self.class_embedding is not None,
+            )
+            batch = torch.stack([images[i] for i in groups[H, W]])
+            embedded.append(self.ln_pre(self.conv1(batch, self.class_embedding, positions)))
+        lengths = [x.shape[1] for x in embedded for _ in x]
+        ends = torch.tensor([0, *lengths], device=embedded[0].device).cumsum(0, dtype=torch.int32)
+        stream = self.transformer(torch.cat([x.flatten(0, 1) for x in embedded]), ends, max(lengths))
+        parts = stream.split([x.shape[:2].numel() for x in embedded])
+        pooled = torch.cat([self._pooled(part.view_as(x)) for part, x in zip(parts, embedded, strict=True)])
+        order = torch.tensor([i for size in sizes for i in groups[size]], device=pooled.device)
+        return pooled[order.argsort()]
 
     def tokens(self, image: Tensor) -> Tensor:
         """The last block's output [B, 1 + P, C], not normalised: the class token, then patches in reading order."""
@@ -214,6 +251,33 @@ class AttentionPool(nn.Module):
         k, v = F.linear(x, weight[C:], bias[C:]).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         y = self.out_proj(F.scaled_dot_product_attention(q, k, v).flatten(1))  # q [B, H, 1, K]; k, v [B, H, T, K]
         return y + self.mlp(self.ln(y))
+
+
+def check_images(images: Sequence[Tensor], patch_size: int) -> None:
+    """Nothing, if an image tower can take a list of images, each in its own size.
+
+    Args:
+        images: anything.
+        patch_size: in pixels.
+    Raises:
+        ShapeError: there is none, or one is not [3, H, W] with H and W in whole patches.
+        DTypeError: they are not of one dtype, uint8 or floating.
+    """
+    if len(images) == 0:
+        raise ShapeError("encode_image: a list of images must hold at least one")
+    for i, image in enumerate(images):
+        if image.dim() != 3 or len(image) != 3 or image.numel() == 0 or any(n % patch_size for n in image.shape[1:]):
+            raise ShapeError(
+                f"encode_image: images[{i}] must be [3, H, W] with H and W multiples of {patch_size}, the patch size; "
+                f"got {tuple(image.shape)}. Resize or crop it to whole patches"
+            )
+    dtypes = {image.dtype for image in images}
+    if len(dtypes) > 1 or not (images[0].dtype == torch.uint8 or images[0].is_floating_point()):
+        names = ", ".join(sorted(map(str, dtypes)))
+        raise DTypeError(
+            f"encode_image: images of a list must all be uint8 in 0..255, or all floating of one dtype and normalised; "
+            f"got {names}"
+        )
 
 
 def check_image(image: Tensor, image_hw: tuple[int, int]) -> None:

@@ -139,7 +139,8 @@ def interpolate_positions(
         )
     if (rows, columns) == tuple(grid):
         return positions
-    old = positions[int(class_token) :].T.unflatten(1, (rows, columns))[None].float()
+    old = positions[int(class_token) :].T.unflatten(1, (rows, columns))[None]
+    old = old.to(torch.promote_types(old.dtype, torch.float32))
     new = F.interpolate(old, tuple(grid), mode="bicubic", align_corners=False, antialias=antialias)
     return torch.cat([positions[: int(class_token)], new[0].flatten(1).T.to(positions.dtype)])
 
