@@ -267,6 +267,7 @@ KINDS = (
     partial(softmax, keep=KEEP),
     partial(softmax, sides="rows"),
     partial(softmax, sides="columns", smoothing=0.1),
+    partial(softmax, smoothing=0.1),
     partial(softmax, form="out", smoothing=0.1),
     partial(softmax, form="in"),
     partial(sigmoid, gradient=False),

@@ -94,5 +94,5 @@ def test_a_resnet_takes_one_size():
     vision = {"image_size": 32, "layers": (1, 1, 1, 1), "width": 8}
     text = {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 2, "layers": 1}
     model = build_clip(ClipConfig.from_dict({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}), seed=0)
-    with pytest.raises(ShapeError, match="a ResNet takes one size"):
+    with pytest.raises(ShapeError, match=r"takes images of one size, \[B, 3, 32, 32\]; got a list"):
         model.encode_image([torch.zeros(3, 32, 32)])

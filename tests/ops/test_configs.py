@@ -169,7 +169,7 @@ def test_every_case_has_a_tile_within_the_limits(where):
 
 def test_light_kernels_get_the_larger_tile_where_descriptors_spare_the_addresses():
     assert _configs.shipped("sm_90", CASE) == Config(128, 128, 64, 8, 3)
-    for change in ({"kind": "sigmoid"}, {"operands": "bf16x3"}, {"loads": "pointers"}):
+    for change in ({"kind": "sigmoid"}, {"operands": "bf16x3"}, {"operands": "float16"}, {"loads": "pointers"}):
         assert _configs.shipped("sm_90", CASE._replace(**change)) == Config(128, 64, 64, 8, 3)
     assert _configs.shipped("sm_90", CASE._replace(depth=128)).stages == 2  # two steps of 64 are all there is
 

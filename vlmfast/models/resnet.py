@@ -56,8 +56,6 @@ class ModifiedResNet(nn.Module):
 
     def tokens(self, image: Tensor) -> Tensor:
         """The last stage's map [B, 32 C, H / 32, W / 32]."""
-        if not isinstance(image, Tensor):
-            raise ShapeError("encode_image: a ResNet takes one size, [B, 3, H, W]; got a list of images")
         check_image(image, self.config.image_hw)
         x = image.to(self.attnpool.positional_embedding.dtype)
         if not image.is_floating_point():

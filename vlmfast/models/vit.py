@@ -287,10 +287,14 @@ def check_image(image: Tensor, image_hw: tuple[int, int]) -> None:
         image: anything.
         image_hw: (H, W) that the tower takes, in pixels.
     Raises:
-        ShapeError: it is not [B, 3, H, W].
+        ShapeError: it is not a tensor [B, 3, H, W].
         DTypeError: it is neither uint8 nor floating.
     """
     H, W = image_hw
+    if not isinstance(image, Tensor):
+        raise ShapeError(
+            f"encode_image: this tower takes images of one size, [B, 3, {H}, {W}]; got a {type(image).__name__}"
+        )
     if image.dim() != 4 or image.shape[1:] != (3, H, W) or not len(image):
         raise ShapeError(
             f"encode_image: image must be [B, 3, {H}, {W}], B >= 1; got {tuple(image.shape)}. "

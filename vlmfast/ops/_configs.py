@@ -50,7 +50,7 @@ class Machine(NamedTuple):
 
 
 KINDS = ("softmax", "positives", "sigmoid", "hinge", "hardest", "topk", "ranks", "matrix")
-LIGHT = ("softmax",)  # few numbers an element; half a tile has the registers for the other kinds
+LIGHT = ("softmax",)  # few numbers an element, in bfloat16; half a tile has the registers for all else
 DESCRIPTORS = ("sm_90", "sm_100")  # targets with a copy unit that takes tiles
 OPERANDS = ("bfloat16", "float16", "bf16x3", "tf32", "ieee", "ieee of bfloat16", "ieee of float16")
 DEPTHS = (64, 128, 256, 512, 768, 1024, 2**31)
@@ -122,7 +122,7 @@ CANDIDATES: dict[str, dict[Config, str]] = {
         Config(64, 64, 64, 4, 4): "softmax sigmoid hinge hardest topk",
     },
     "sm_100": {
-        Config(256, 64, 64, 8, 3): "softmax hinge hardest topk",
+        Config(256, 64, 64, 8, 3): "hinge hardest topk",
         Config(128, 64, 64, 8, 3): "softmax sigmoid hinge hardest topk",
         Config(128, 64, 64, 8, 4): "softmax sigmoid hinge hardest topk",
         Config(128, 64, 128, 8, 2): "softmax sigmoid hinge hardest topk",
@@ -182,7 +182,7 @@ def choose(device: torch.device, where: str, wanted: Case) -> Config:
 def shipped(where: str, wanted: Case) -> Config:
     """The table's tile for a case on a target."""
     itemsize = 4 if wanted.operands in ("tf32", "ieee") else 2
-    light = wanted.kind in LIGHT and wanted.operands in ("bfloat16", "float16")
+    light = wanted.kind in LIGHT and wanted.operands == "bfloat16"
     if where in DESCRIPTORS and wanted.loads == "pointers":
         light = False  # the addresses of a tile take registers
     row = next(row for row in CONFIGS[where][itemsize] if wanted.depth <= row[0])

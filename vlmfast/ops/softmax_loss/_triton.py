@@ -20,6 +20,11 @@ _PLANES = {"index": 2, "out": 3, "in": 4}  # numbers a partial result has: (refe
 _GROUP = 32  # tiles whose partial results are merged at once; a fixed order, whatever the blocks
 
 
+def _kind(form: str, label_smoothing: float) -> str:
+    """Whose tile a call takes: vectors of the positives and of the smoothing have registers of their own."""
+    return "softmax" if form == "index" and label_smoothing == 0 else "positives"
+
+
 def unsupported(x: Tensor, y: Tensor) -> str | None:
     """None, or why the Triton kernels cannot run this call."""
     return _tiles.unsupported(x, y)
@@ -45,7 +50,7 @@ def forward(
 
     The log-sum-exps are float64; kept is of at most `keep` bytes.
     """
-    p = _tiles.pair(x, y, normalize, precision, kind="softmax" if form == "index" else "positives")
+    p = _tiles.pair(x, y, normalize, precision, kind=_kind(form, label_smoothing))
     kept = Kept.empty(p, keep if form == "index" else 0)
     # z of every row's positive; INDEX's pairs are mutual wherever columns count, so that they are the columns', too.
     positive = torch.zeros(len(x) if form == "index" else 0, dtype=torch.float32, device=x.device)
@@ -86,7 +91,7 @@ def backward(
     workspace: int,
 ) -> tuple[Tensor, ...]:
     """(dx [M, D] in x's dtype, dy [N, D] in y's, dscale []); an embedding gradient that is not needed is [0]."""
-    p = _tiles.pair(x, y, normalize, precision, kind="softmax" if form == "index" else "positives")
+    p = _tiles.pair(x, y, normalize, precision, kind=_kind(form, label_smoothing))
     factor = grad.float()
     if p.gradient == torch.float16:  # weights near 1 / N would leave its range: the largest becomes 2^12
         weights = [weight for weight in (row_weight, col_weight) if weight is not None]
@@ -646,6 +651,11 @@ def _gradient_tiles(
     x_inv = tl.load(x_inverse + m, mask=m < M, other=0.0)
     y_inv = tl.load(y_inverse + n, mask=n < N, other=0.0)
     z = s * (x_inv * (tl.load(scale) * LOG2E))[:, None] * y_inv[None, :]
+
+    if ROWS:  # once more: the references of before the products would have kept their registers all along
+        row_ref = tl.load(row_at, mask=m < M, other=0.0)
+    if COLS:
+        col_ref = tl.load(col_at, mask=n < N, other=0.0)
 
     match = m < M
     if FORM != INDEX:
