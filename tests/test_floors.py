@@ -127,7 +127,7 @@ def test_the_check_sees_a_climb(path, source, message):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("vlmfast/losses.py", "from vlmfast import distributed\nfrom vlmfast.ops.softmax_loss import clip_loss"),
+        ("vlmfast/losses/clip.py", "from vlmfast import distributed\nfrom vlmfast.ops.softmax_loss import clip_loss"),
         ("vlmfast/ops/similarity/__init__.py", "from . import reference\nfrom vlmfast.ops._check import is_matrix"),
         ("vlmfast/ops/similarity/_triton.py", "import triton.language as tl"),
         ("vlmfast/data/images.py", "def f():\n  from PIL import Image"),
