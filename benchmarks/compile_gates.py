@@ -214,7 +214,7 @@ def softmax(
 
 def sigmoid(x: torch.Tensor, y: torch.Tensor, precision: str, gradient: bool = True) -> None:
     scale = x.new_empty((), dtype=torch.float32)
-    sigmoid_loss.forward(x, x, scale, scale, True, gradient, gradient, gradient, precision, WORKSPACE)
+    sigmoid_loss.forward(x, y, scale, scale, 0, True, gradient, gradient, gradient, precision, WORKSPACE)
 
 
 def hinge(x: torch.Tensor, y: torch.Tensor, precision: str, gradient: bool = True) -> None:

@@ -12,12 +12,12 @@ static inline V without(V v, int64_t lane) {
   return load(lanes);
 }
 
-void sigmoid(const Tile& tile, float scale, float bias, float weight, bool gradient, double* row_loss,
+void sigmoid(const Tile& tile, int64_t offset, float scale, float bias, float weight, bool gradient, double* row_loss,
              double* row_bias) {
   const V zero = set1(0.0f), one = set1(1.0f), factor = set1(scale), shift = set1(bias), share = set1(weight);
   for (int64_t i = 0; i < tile.m; ++i) {
     float* s = tile.s + i * TILE_LD;
-    const int64_t diagonal = tile.i0 + i - tile.j0;
+    const int64_t diagonal = tile.i0 + i + offset - tile.j0;
     const bool here = diagonal >= 0 && diagonal < tile.n;
     const float positive = here ? s[diagonal] * scale + bias : 0.0f;
 

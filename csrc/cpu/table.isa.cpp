@@ -13,7 +13,7 @@ void dots(const Pair&, const float*, const float*, const int64_t*, const int64_t
 void finish_gradient(const Matrix&, int64_t, const float*, bool, float, int64_t, int64_t, float*, double*);
 void softmax_forward(const Tile&, const SoftmaxCall&, const Running&, const Running&);
 void softmax_backward(const Tile&, const SoftmaxCall&, float);
-void sigmoid(const Tile&, float, float, float, bool, double*, double*);
+void sigmoid(const Tile&, int64_t, float, float, float, bool, double*, double*);
 void hinge_sum(const Tile&, float, const float*, bool, double*, float*, float*);
 void hinge_hardest(const Tile&, float*, int64_t*, float*, int64_t*);
 void topk(const Tile&, int64_t, float*, int64_t*);

@@ -85,10 +85,10 @@ PYBIND11_MODULE(_C, m) {
       Unlocked());
   m.def(
       "sigmoid_loss",
-      [](const MatrixArg& x, const MatrixArg& y, int64_t D, bool normalize, int threads, float scale, float bias,
-         uintptr_t dx, uintptr_t dy) {
+      [](const MatrixArg& x, const MatrixArg& y, int64_t D, bool normalize, int threads, int64_t offset, float scale,
+         float bias, uintptr_t dx, uintptr_t dy) {
         double out[3];
-        sigmoid_loss(pair(x, y, D, normalize, threads), scale, bias, at<float>(dx), at<float>(dy), out);
+        sigmoid_loss(pair(x, y, D, normalize, threads), offset, scale, bias, at<float>(dx), at<float>(dy), out);
         return std::make_tuple(out[0], out[1], out[2]);
       },
       Unlocked());

@@ -147,26 +147,33 @@ void softmax(int64_t M, int64_t N, int64_t D, float scale, float match, int form
   }
 }
 
-void sigmoid_and_hinge(int64_t B, int64_t D) {
-  const vector<float> x = random_rows(B, D, 3), y = random_rows(B, D, 4);
-  const vector<double> u = unit(x, D), v = unit(y, D), s = products(u, v, B, B, D);
-  const Pair pair = {{x.data(), B, FLOAT32}, {y.data(), B, FLOAT32}, D, true, 2};
-  vector<float> dx(size_t(B * D), NAN), dy(size_t(B * D), NAN);
+void sigmoid(int64_t M, int64_t N, int64_t D, int64_t offset) {
+  const vector<float> x = random_rows(M, D, 3), y = random_rows(N, D, 4);
+  const vector<double> u = unit(x, D), v = unit(y, D), s = products(u, v, M, N, D);
+  const Pair pair = {{x.data(), M, FLOAT32}, {y.data(), N, FLOAT32}, D, true, 2};
+  vector<float> dx(size_t(M * D), NAN), dy(size_t(N * D), NAN);
 
   double loss = 0, tilt = 0, out[3];
-  vector<double> G(size_t(B * B));
-  for (int64_t i = 0; i < B; ++i)
-    for (int64_t j = 0; j < B; ++j) {
-      const double z = 10.0 * s[i * B + j] - 3.0, t = i == j ? 1 : -1;
-      loss += std::log1p(std::exp(-t * z)) / double(B);
-      G[i * B + j] = -t / (1 + std::exp(t * z)) / double(B);
-      tilt += G[i * B + j];
+  vector<double> G(size_t(M * N));
+  for (int64_t i = 0; i < M; ++i)
+    for (int64_t j = 0; j < N; ++j) {
+      const double z = 10.0 * s[i * N + j] - 3.0, t = i + offset == j ? 1 : -1;
+      loss += std::log1p(std::exp(-t * z)) / double(M);
+      G[i * N + j] = -t / (1 + std::exp(t * z)) / double(M);
+      tilt += G[i * N + j];
     }
-  sigmoid_loss(pair, 10.0f, -3.0f, dx.data(), dy.data(), out);
-  check(std::abs(out[0] - loss) <= 1e-5 * loss, "sigmoid loss", B, B, D);
-  check(std::abs(out[2] - tilt) <= 1e-5 * (1 + std::abs(tilt)), "sigmoid dbias", B, B, D);
-  check(matches(dx, x, u, v, G, B, B, D, 10.0, false), "sigmoid dx", B, B, D);
-  check(matches(dy, y, v, u, G, B, B, D, 10.0, true), "sigmoid dy", B, B, D);
+  sigmoid_loss(pair, offset, 10.0f, -3.0f, dx.data(), dy.data(), out);
+  check(std::abs(out[0] - loss) <= 1e-5 * loss, "sigmoid loss", M, N, D);
+  check(std::abs(out[2] - tilt) <= 1e-5 * (1 + std::abs(tilt)), "sigmoid dbias", M, N, D);
+  check(matches(dx, x, u, v, G, M, N, D, 10.0, false), "sigmoid dx", M, N, D);
+  check(matches(dy, y, v, u, G, N, M, D, 10.0, true), "sigmoid dy", M, N, D);
+}
+
+void hinge(int64_t B, int64_t D) {
+  const vector<float> x = random_rows(B, D, 3), y = random_rows(B, D, 4);
+  const vector<double> s = products(unit(x, D), unit(y, D), B, B, D);
+  const Pair pair = {{x.data(), B, FLOAT32}, {y.data(), B, FLOAT32}, D, true, 2};
+  vector<float> dx(size_t(B * D), NAN), dy(size_t(B * D), NAN);
 
   for (bool hardest : {false, true}) {
     double expected = 0;
@@ -322,10 +329,17 @@ int main() {
         softmax(110, 210, 40, 100.0f, 0.95f, form, directions & 1, directions & 2, 0.0f, directions != 1,
                 directions != 2);
       }
-    sigmoid_and_hinge(1, 3);
-    sigmoid_and_hinge(97, 40);
-    sigmoid_and_hinge(210, 31);
-    sigmoid_and_hinge(300, 200);  // enough for a second thread
+    sigmoid(1, 1, 3, 0);
+    sigmoid(97, 97, 40, 0);
+    sigmoid(210, 210, 31, 0);
+    sigmoid(300, 300, 200, 0);  // enough for a second thread
+    sigmoid(97, 401, 12, 300);  // pairs that begin in the second tile and run out of it
+    sigmoid(210, 33, 12, -190);
+    sigmoid(33, 97, 12, 97);  // no pair
+    hinge(1, 3);
+    hinge(97, 40);
+    hinge(210, 31);
+    hinge(300, 200);
     retrieval(1, 1, 1);
     retrieval(100, 203, 9);
     retrieval(200, 600, 150);

@@ -98,7 +98,7 @@ def test_strides_are_as_announced(backend, view, normalize):
     saved = softmax_loss._softmax_loss(x, y, scale, *plan, "ieee", 0, 2**20, backend)[1:]
     arguments = (torch.tensor(1.0), x, y, scale, *plan, *saved, True, True, *limits, backend)
     check(softmax_loss._softmax_loss_backward.overload, arguments, **kinds)
-    arguments = (x, y, scale, torch.tensor(-2.0), normalize, True, True, True, *limits, backend)
+    arguments = (x, y, scale, torch.tensor(-2.0), 0, normalize, True, True, True, *limits, backend)
     check(sigmoid_loss._siglip_loss.overload, arguments, **kinds)
     for hardest in (False, True):
         check(hinge_loss._vse_loss.overload, (x, y, 0.2, hardest, normalize, True, True, *limits, backend), **kinds)

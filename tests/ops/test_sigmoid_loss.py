@@ -1,6 +1,7 @@
 """siglip_loss against its definition in float64, its laws, its refusals, and what PyTorch does around it."""
 
 import inspect
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -16,23 +17,28 @@ LIMITS = ("ieee", 2**20)  # precision and workspace, which a GPU's kernels look 
 BIAS = -2.0  # with the scale of pairs(), a logit of mixed signs: no side of the sigmoid is flat
 
 
-def definition(image, text, scale, bias, normalize=True):
+def signs(image, text, offset, dtype=torch.float64):
+    """+1 where a text belongs to an image, -1 for all else."""
+    columns = len(text) if offset is None else torch.arange(len(image))[:, None] + offset
+    return 2 * (columns == torch.arange(len(text))).to(dtype) - 1
+
+
+def definition(image, text, scale, bias, normalize=True, offset=0):
     if normalize:
         image, text = F.normalize(image), F.normalize(text)
     z = scale * image @ text.T + bias
-    t = 2 * torch.eye(len(z), dtype=z.dtype) - 1
-    return -F.logsigmoid(t * z).sum() / len(z)
+    return -F.logsigmoid(signs(image, text, offset, z.dtype) * z).sum() / len(z)
 
 
-def exactly(image, text, scale, bias, normalize=True):
+def exactly(image, text, scale, bias, normalize=True, offset=0):
     """Loss and gradients in float64, and how large the terms are that each is summed from."""
     image, text, scale, bias = (v.detach().double().requires_grad_() for v in (image, text, scale, bias))
-    loss = definition(image, text, scale, bias, normalize)
+    loss = definition(image, text, scale, bias, normalize, offset)
     gradients = torch.autograd.grad(loss, (image, text, scale, bias))
     with torch.no_grad():
         x, y = (F.normalize(image), F.normalize(text)) if normalize else (image, text)
         s = x @ y.T
-        dz = ((scale * s + bias).sigmoid() - torch.eye(len(s))).abs() / len(s)
+        dz = ((scale * s + bias).sigmoid() - (signs(image, text, offset) + 1) / 2).abs() / len(s)
         longest = 1 if normalize else max(x.norm(dim=1).max(), y.norm(dim=1).max())
         shrink = [v.norm(dim=1, keepdim=True) if normalize else 1 for v in (image, text)]
         cond = (scale * longest**2 + bias.abs()).item()
@@ -45,13 +51,13 @@ def exactly(image, text, scale, bias, normalize=True):
     return SimpleNamespace(loss=loss.detach(), gradients=gradients, sizes=sizes, cond=cond)
 
 
-def check(image, text, scale, bias, normalize=True):
+def check(image, text, scale, bias, normalize=True, offset=0):
     """Value and every gradient of the op, within rounding of float64 on the same inputs."""
     inputs = [v.detach().clone().requires_grad_() for v in (image, text, scale, bias)]
-    loss = siglip_loss(*inputs, normalize=normalize)
+    loss = siglip_loss(*inputs, normalize=normalize, offset=offset)
     assert loss.shape == ()
     assert loss.dtype == torch.float32
-    exact = exactly(image, text, scale, bias, normalize)
+    exact = exactly(image, text, scale, bias, normalize, offset)
     assert_accurate(loss, exact.loss, size=exact.loss, cond=exact.cond, name="loss")
     gradients = torch.autograd.grad(loss, inputs)
     names = ("d image", "d text", "d scale", "d bias")
@@ -71,6 +77,59 @@ def test_value_and_gradients(backend, B, D, dtype):
 def test_value_and_gradients_of_rows_as_they_are(backend, B, D):
     image, text, scale = pairs(B, D, scale=4.0)
     check(image, text, scale, torch.tensor(BIAS), normalize=False)
+
+
+# (M, N, offset): wider, higher | pairs partly below, partly above | wholly outside, just and by far | a single row
+RECTANGLES = [
+    (65, 130, 0),
+    (130, 65, 0),
+    (65, 130, 65),
+    (97, 64, -50),
+    (64, 97, 60),
+    (33, 40, 40),
+    (33, 40, -33),
+    (33, 40, 2**40),
+    (33, 40, None),
+    (65, 65, None),
+    (1, 130, 129),
+    (257, 1, -256),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("M", "N", "offset"), RECTANGLES)
+def test_rows_and_columns_of_other_numbers(backend, M, N, offset, dtype):
+    image, text, scale = pairs(max(M, N), 20, dtype=dtype)
+    check(image[:M], text[:N], scale, torch.tensor(BIAS), offset=offset)
+
+
+@pytest.mark.parametrize("offset", [-385, -7, 0, 200, 600])
+def test_rectangles_of_several_tiles(backend, offset):
+    image, text, scale = pairs(770, 8)
+    check(image[:400], text, scale, torch.tensor(BIAS), offset=offset)
+
+
+def test_blocks_sum_to_the_whole(backend):
+    """Uneven blocks of rows and columns, as ranks hold them: the loss and every gradient are sums over blocks."""
+    image, text, scale = pairs(97, 20)
+    inputs = [v.requires_grad_() for v in (image, text, scale, torch.tensor(BIAS))]
+    whole = siglip_loss(*inputs)
+    bounds = [0, 30, 31, 97]
+    blocks = [slice(*each) for each in itertools.pairwise(bounds)]
+    loss = sum(
+        len(image[rows]) / 97 * siglip_loss(image[rows], text[columns], *inputs[2:], offset=rows.start - columns.start)
+        for rows in blocks
+        for columns in blocks
+    )
+    torch.testing.assert_close(loss, whole, rtol=2e-6, atol=0)
+    for ours, truth in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(whole, inputs), strict=True):
+        torch.testing.assert_close(ours, truth, rtol=2e-5, atol=1e-6)
+
+
+def test_without_pairs_all_is_negative(backend):
+    """A pair's own logit counts like a stranger's: softplus(z) instead of softplus(-z)."""
+    x = torch.tensor([[1.0], [-1.0]])
+    assert siglip_loss(x, x, 1e4, 0.0, normalize=False, offset=None).item() == 1e4
 
 
 def test_dtypes_may_differ(backend):
@@ -229,7 +288,7 @@ def test_only_what_is_needed_is_computed(backend, monkeypatch):
     forward = IMPLS[backend].forward
 
     def spy(*args):
-        needs.append(args[5:8])
+        needs.append(args[6:9])
         return forward(*args)
 
     monkeypatch.setattr(IMPLS[backend], "forward", spy)
@@ -246,7 +305,7 @@ def test_only_what_is_needed_is_computed(backend, monkeypatch):
 def test_nothing_of_the_size_of_the_logits_is_held(backend, need, scratch_below):
     image, text, scale = pairs(1200, 8)
     with Watch(1200 * 1200), scratch_below(1200 * 1200):
-        loss, *_ = IMPLS[backend].forward(image, text, scale, torch.tensor(BIAS), True, need, need, need, *LIMITS)
+        loss, *_ = IMPLS[backend].forward(image, text, scale, torch.tensor(BIAS), 0, True, need, need, need, *LIMITS)
     torch.testing.assert_close(loss, definition(image, text, scale, BIAS), rtol=5e-6, atol=0)
 
 
@@ -260,7 +319,7 @@ def test_nothing_of_the_size_of_the_logits_is_saved(backend):
 
 def test_the_reference_is_the_same_in_any_chunks(monkeypatch):
     image, text, scale = pairs(65, 33, dtype=torch.float64)
-    args = (image, text, scale.double(), torch.tensor(BIAS).double(), True, True, True, True, *LIMITS)
+    args = (image, text, scale.double(), torch.tensor(BIAS).double(), 0, True, True, True, True, *LIMITS)
     whole = reference.forward(*args)
     for chunk in (1, 65 * 7, 65 * 64):
         monkeypatch.setattr(reference, "CHUNK", chunk)
@@ -294,10 +353,23 @@ def test_autocast_changes_nothing(backend):
 def test_opcheck(backend):
     image, text, scale = (v.requires_grad_() for v in pairs(5, 3))
     bias = torch.tensor(BIAS, requires_grad=True)
-    torch.library.opcheck(_siglip_loss.overload, (image, text, scale, bias, True, True, True, True, *LIMITS, backend))
+    torch.library.opcheck(
+        _siglip_loss.overload, (image, text, scale, bias, 0, True, True, True, True, *LIMITS, backend)
+    )
     needs = (False, True, False)
-    arguments = (image.detach().half(), text, scale.detach(), bias.detach(), False, *needs, *LIMITS, backend)
+    arguments = (image.detach().half()[1:], text, scale.detach(), bias.detach(), 1, False, *needs, *LIMITS, backend)
     torch.library.opcheck(_siglip_loss.overload, arguments)
+
+
+@pytest.mark.parametrize("offset", [3, None])
+def test_compiled_with_any_numbers_of_rows_and_columns(backend, offset):
+    compiled = torch.compile(siglip_loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    image, text, scale = pairs(40, 20)
+    for M, N in ((12, 33), (40, 21)):
+        inputs = (image[:M].clone().requires_grad_(), text[:N], scale, BIAS)
+        losses = siglip_loss(*inputs, offset=offset), compiled(*inputs, offset=offset)
+        assert torch.equal(*losses)
+        assert torch.equal(*(torch.autograd.grad(loss, inputs[0])[0] for loss in losses))
 
 
 def test_compiled_equals_eager(backend):
@@ -326,8 +398,8 @@ X = torch.ones(4, 3)
 @pytest.mark.parametrize(
     ("args", "error", "message"),
     [
-        ((X, torch.ones(5, 3), 1.0, 0.0), ShapeError, r"siglip_loss: image and text .* \(4, 3\).* \(5, 3\)"),
-        ((X, torch.ones(4, 2), 1.0, 0.0), ShapeError, r"siglip_loss: image and text .* \(4, 2\)"),
+        ((X, torch.ones(4, 2), 1.0, 0.0), ShapeError, r"siglip_loss: image and text .* \(4, 3\).* \(4, 2\)"),
+        ((X, torch.ones(5, 2), 1.0, 0.0), ShapeError, r"siglip_loss: image and text .* \(4, 3\).* \(5, 2\)"),
         ((X[0], X, 1.0, 0.0), ShapeError, r"siglip_loss: image must be a matrix \[rows, D\]; got shape \(3,\)"),
         ((X, X[:0], 1.0, 0.0), ShapeError, r"siglip_loss: text must have at least one row .* \(0, 3\)"),
         ((X.int(), X, 1.0, 0.0), DTypeError, r"siglip_loss: image must be float32.* got torch.int32"),

@@ -64,8 +64,8 @@ double softmax_loss_forward(const SoftmaxCall& call, float* kept);
 double softmax_loss_backward(const SoftmaxCall& call, float grad, float* kept, float* dx, float* dy);
 
 // ---- sigmoid_loss -------------------------------------------------------------------------------------------------
-// (1 / M) sum_ij softplus(-+(scale S_ij + bias)), - on the diagonal; writes {loss, dL/dscale, dL/dbias}.
-void sigmoid_loss(const Pair& pair, float scale, float bias, float* dx, float* dy, double* out);
+// (1 / M) sum_ij softplus(-+(scale S_ij + bias)), - where j = i + offset; writes {loss, dL/dscale, dL/dbias}.
+void sigmoid_loss(const Pair& pair, int64_t offset, float scale, float bias, float* dx, float* dy, double* out);
 
 // ---- hinge_loss ---------------------------------------------------------------------------------------------------
 // Sums of [margin + S_ij - S_ii]+ and [margin + S_ij - S_jj]+ over j != i: all of them, or the hardest of each row
@@ -160,8 +160,8 @@ struct Kernels {
 
   void (*softmax_forward)(const Tile& tile, const SoftmaxCall& call, const Running& rows, const Running& cols);
   void (*softmax_backward)(const Tile& tile, const SoftmaxCall& call, float grad);
-  void (*sigmoid)(const Tile& tile, float scale, float bias, float weight, bool gradient, double* row_loss,
-                  double* row_bias);
+  void (*sigmoid)(const Tile& tile, int64_t offset, float scale, float bias, float weight, bool gradient,
+                  double* row_loss, double* row_bias);
   void (*hinge_sum)(const Tile& tile, float margin, const float* diagonal, bool gradient, double* row_loss,
                     float* row_count, float* col_count);
   void (*hinge_hardest)(const Tile& tile, float* row_best, int64_t* row_arg, float* col_best, int64_t* col_arg);

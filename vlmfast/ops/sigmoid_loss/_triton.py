@@ -15,10 +15,11 @@ def unsupported(x: Tensor, y: Tensor) -> str | None:
 
 
 def forward(
-    x: Tensor,  # [B, D]
-    y: Tensor,  # [B, D]
+    x: Tensor,  # [M, D]
+    y: Tensor,  # [N, D]
     logit_scale: Tensor,  # []
     logit_bias: Tensor,  # []
+    offset: int,
     normalize: bool,
     need_x: bool,
     need_y: bool,
@@ -26,11 +27,11 @@ def forward(
     precision: str,
     workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss [], dx [B, D] float32, dy, dscale [], dbias []) for an incoming gradient of 1; [0] for one not needed."""
+    """(loss [], dx [M, D] float32, dy, dscale [], dbias []) for an incoming gradient of 1; [0] for one not needed."""
     p = _tiles.pair(x, y, normalize, precision, kind="sigmoid")
-    B = len(x)
+    M, N = len(x), len(y)
     unit = 4096.0 if p.gradient == torch.float16 else 1.0  # sigmoids down to 1e-9 fit float16
-    factor = logit_scale.float() / (B * unit)
+    factor = logit_scale.float() / (M * unit)
     gradients = _tiles.Gradients(p, need_x, need_y, workspace, factor=factor) if need_x or need_y else None
     G = (
         gradients.workspace if gradients else (logit_scale, logit_scale, 0)
@@ -43,10 +44,10 @@ def forward(
         **p.constants,
     }
     sums = torch.zeros(3, dtype=torch.float64, device=x.device)  # of the loss, dz cos, and dz
-    for block in gradients.blocks() if gradients else _tiles.blocks(B, B, _tiles.EDGE, _tiles.EDGE):
+    for block in gradients.blocks() if gradients else _tiles.blocks(M, N, _tiles.EDGE, _tiles.EDGE):
         tiles = cdiv(block[2], p.config.block_m) * cdiv(block[3], p.config.block_n)
         parts = torch.zeros(3, tiles, dtype=torch.float32, device=x.device)
-        arguments = (*p.operands, logit_scale, logit_bias, parts, *G, *p.sizes, *block, tiles)
+        arguments = (*p.operands, logit_scale, logit_bias, parts, *G, *p.sizes, *block, offset, tiles)
         _tiles.launch(_sigmoid_tiles, (tiles,), *arguments, config=p.config, **constants)
         sums += parts.sum(1, dtype=torch.float64)
         if gradients:
@@ -55,11 +56,11 @@ def forward(
     dx, dy = (
         gradients.results() if gradients else (x.new_empty(0, dtype=torch.float32), y.new_empty(0, dtype=torch.float32))
     )
-    loss, dscale, dbias = (value.clone() for value in (sums / B).float())
+    loss, dscale, dbias = (value.clone() for value in (sums / M).float())
     return loss, dx, dy, dscale, dbias
 
 
-@triton.jit(do_not_specialize=["M", "N", "rows", "cols", "tiles"])
+@triton.jit(do_not_specialize=["M", "N", "rows", "cols", "offset", "tiles"])
 def _sigmoid_tiles(
     x,
     y,
@@ -79,6 +80,7 @@ def _sigmoid_tiles(
     col0,
     rows,
     cols,
+    offset,
     tiles,
     GRADIENT: tl.constexpr,
     SCALARS: tl.constexpr,
@@ -103,7 +105,7 @@ def _sigmoid_tiles(
     z = cosine * tl.load(scale) + tl.load(bias)
 
     # u = -t z with t = 1 for a pair and -1 for strangers; the loss is softplus(u) = max(u, 0) + log(1 + exp(-|u|))
-    pair = m[:, None] == n[None, :]
+    pair = (m + offset)[:, None] == n[None, :]
     inside = (m < M)[:, None] & (n < N)[None, :]
     u = tl.where(pair, -z, z)
     e = tl.exp2(-(tl.abs(u) * LOG2E))
