@@ -6,8 +6,8 @@ import pytest
 
 from vlmfast.data.digits import scans
 from vlmfast.data.images import load_image
-from vlmfast.data.pairs import WebdatasetPairs
 from vlmfast.data.tokenize import clean_text, train_tokenizer
+from vlmfast.data.webdataset import WebdatasetPairs
 from vlmfast.errors import MissingExtraError
 
 USES = [

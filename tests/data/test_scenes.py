@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from vlmfast.data import batches, scenes
-from vlmfast.data.pairs import CsvPairs, FolderPairs, WebdatasetPairs
+from vlmfast.data.pairs import CsvPairs, FolderPairs
 from vlmfast.data.scenes import files, samples
 from vlmfast.data.scenes.latents import MAX_INDEX, STYLES, TEXTURES, UNIT, sample
 from vlmfast.data.scenes.render import render, render_torch
 from vlmfast.data.scenes.shapes import SHAPES
+from vlmfast.data.webdataset import WebdatasetPairs
 from vlmfast.errors import DataError
 
 LEVELS = tuple(scenes.LEVELS)

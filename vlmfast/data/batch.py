@@ -1,7 +1,7 @@
 """Samples, batches, and the order in which a data set becomes batches.
 
 The batch at step t is a pure function of (data set, seed, t): a run that resumes at step t, or reads with another
-number of workers, sees the same batches. All randomness is counter-based (`random_int`): there is no state to save.
+number of workers, sees the same batches. All randomness is counter-based (order.py): no generator has a state to save.
 """
 
 from __future__ import annotations
@@ -9,22 +9,26 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vlmfast.data.mixture import Mixture
+from vlmfast.data.order import permutation, random_bits, random_int  # noqa: F401
+from vlmfast.data.skips import Skipped
+from vlmfast.data.stream import Record, Shards, Stream, nothing_readable, patience
 from vlmfast.errors import DataError, ShapeError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-BITS = 2**64 - 1
 REDRAWS = 100  # draws for one unreadable sample before its row is left out
+MARK_EVERY = 512  # records of a stream between two states of it: a resumed run passes by so many at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +52,17 @@ class Batch:
     def __len__(self) -> int:
         return len(self.image)
 
+    def split(self, size: int) -> list[Batch]:
+        """The batch in pieces of `size` rows, in order, the last one shorter if it must be; views, not copies.
+
+        Raises:
+            ValueError: size < 1.
+        """
+        if size < 1:
+            raise ValueError(f"Batch.split: size must be at least 1; got {size}")
+        columns = [self.image, self.text, self.index] + ([] if self.ids is None else [self.ids])
+        return [Batch(*parts) for parts in zip(*(column.split(size) for column in columns), strict=True)]
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same batch on `device`."""
         image, text, index = (x.to(device, non_blocking=non_blocking) for x in (self.image, self.text, self.index))
@@ -68,45 +83,17 @@ class MapDataset(Protocol):
     def __getitem__(self, index: int, /) -> Sample: ...
 
 
-class StreamDataset(Protocol):
-    """What `batches` needs of a data set that can only be read from its beginning, such as tar files."""
+class StreamDataset(Shards, Protocol):
+    """What `batches` needs of a data set that is read as a stream, such as tar files: shards, and how to decode."""
 
-    def records(self, seed: int, epoch: int, shuffle: bool) -> Iterator[Any]:
-        """The raw records of one epoch, in an order that depends on the arguments alone."""
-        ...
-
-    def decode(self, record: Any, seed: int, epoch: int) -> tuple[int, Sample] | None:
-        """(index, sample) of a record, or None if it is unreadable; counted then. Called from several threads."""
+    def decode(self, record: Any, index: int, seed: int, epoch: int) -> Sample | None:
+        """The sample of a record, or None if it is unreadable; counted then. Called from several threads."""
         ...
 
 
-def random_int(*words: int) -> int:
-    """64 random bits, as an int, that depend on the words (modulo 2**64) and their order alone.
-
-    Source: the finaliser of SplitMix64 (Steele, Lea and Flood 2014), applied after each word.
-    """
-    return _mixed(words)
-
-
-def random_bits(*words: int | np.ndarray) -> np.ndarray:
-    """uint64 array of `random_int` for each entry of the arrays among the words, of which there is at least one."""
-    return _mixed(words)
-
-
-def _mixed(words: tuple[int | np.ndarray, ...]) -> Any:
-    state: Any = 0x9E3779B97F4A7C15
-    for word in words:
-        word = word.astype(np.uint64) if isinstance(word, np.ndarray) else int(word) & BITS  # negative ones wrap
-        state = ((state ^ word) + 0x9E3779B97F4A7C15) & BITS
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & BITS
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & BITS
-        state = state ^ (state >> 31)
-    return state
-
-
-def permutation(n: int, *key: int) -> np.ndarray:
-    """[n] int64, the numbers 0 .. n - 1 in an order that depends on n and the key alone."""
-    return np.argsort(random_bits(*key, np.arange(n)), kind="stable")
+Mark = dict[str, Any]  # Stream.state()
+Positioned = Generator[tuple[Batch, dict[str, Any]], None, None]  # batches, each with the position after it
+Reader = Callable[[dict[str, Any]], Positioned]  # position -> what comes from there on
 
 
 def collate(samples: list[Sample], indices: list[int], tokenizer: Callable[[list[str]], Tensor]) -> Batch:
@@ -138,7 +125,7 @@ def collate(samples: list[Sample], indices: list[int], tokenizer: Callable[[list
 
 
 def batches(
-    dataset: MapDataset | StreamDataset,
+    dataset: MapDataset | StreamDataset | Mixture,
     tokenizer: Callable[[list[str]], Tensor],
     batch_size: int,
     *,
@@ -148,43 +135,66 @@ def batches(
     drop_last: bool | None = None,
     epochs: int | None = None,
     workers: int = 0,
-) -> Iterator[Batch]:
-    """The batches of steps start_step, start_step + 1, ...; without end if `epochs` is None.
+    rank: int = 0,
+    world_size: int = 1,
+) -> Batches:
+    """The batches of steps start_step, start_step + 1, ... of one rank; without end if `epochs` is None.
 
-    The batch at step t is a pure function of (dataset, seed, t), whatever start_step and workers are. A data set with
-    places is read in a new permutation each epoch. A data set of tars is read as one stream of epochs, and a batch may
-    lie across the border of two; to start at a later step it reads and decodes what lies before, at most two epochs.
+    The batch at step t is a pure function of (dataset, seed, t, rank, world_size), whatever start_step and workers are.
+    A data set with places is read in a new permutation each epoch: the ranks' rows of a step together are the rows that
+    one rank with batch_size * world_size would read. A data set of shards is dealt out to the ranks and read as one
+    stream of epochs, and a batch may lie across the border of two. To start at a later step there without a state, what
+    lies before is read and decoded; with `load_state_dict` it is not.
 
     An unreadable sample is counted by its data set (`dataset.skipped`). With `shuffle`, another sample, drawn from
     (seed, t), takes its row, so that batches keep their size; without, its row is left out.
 
     Args:
-        dataset: MapDataset or StreamDataset.
+        dataset: MapDataset, StreamDataset, or a Mixture of these last.
         tokenizer: maps B texts to int64 [B, T].
-        batch_size: B, at least 1.
+        batch_size: B of this rank, at least 1.
         seed: any integer.
         start_step: the first step, counted from 0.
         shuffle: False reads in the data set's own order: for evaluation.
-        drop_last: leave out the last batch of an epoch (of the stream, for tars) if it is short; default: `shuffle`.
+        drop_last: leave out the last batch of an epoch (of the stream, for shards) if it is short; default: `shuffle`.
         epochs: how many passes over the data.
         workers: threads that prepare batches ahead, 0 for none. Threads, not processes: decoding and resizing an image
             release Python's lock, and the counts of unreadable samples stay in one place.
+        rank: 0 .. world_size - 1.
+        world_size: how many processes read the data set together, each its own rows.
 
-    Yields:
-        Batch of batch_size rows, or fewer at the end of an epoch without `drop_last`.
+    Returns:
+        Iterator over Batch of batch_size rows, or fewer at the end of an epoch without `drop_last`, which then is
+        shared out evenly. It has `state_dict` and `load_state_dict`.
 
     Raises:
-        ValueError: batch_size < 1, or start_step, epochs or workers < 0.
-        DataError: the data set is empty, or smaller than one batch with `drop_last`, or a whole batch is unreadable.
+        ValueError: batch_size < 1, or start_step, epochs or workers < 0, no such rank, or epochs of a mixture.
+        DataError: the data set is empty, or smaller than one batch with `drop_last`, has fewer shards than there are
+            ranks, or a whole batch is unreadable.
     """
     if batch_size < 1 or start_step < 0 or workers < 0 or (epochs is not None and epochs < 0):
         raise ValueError(
             "batches: batch_size must be at least 1, start_step, epochs and workers at least 0; "
             f"got {batch_size}, {start_step}, {epochs}, {workers}"
         )
+    if not 0 <= rank < world_size:
+        raise ValueError(f"batches: rank must be 0 .. world_size - 1; got rank {rank} of {world_size}")
     drop_last = shuffle if drop_last is None else drop_last
-    read = _stream_batches if hasattr(dataset, "records") else _map_batches
-    return read(dataset, tokenizer, batch_size, seed, start_step, shuffle, drop_last, epochs, workers)
+    plan = _Plan(tokenizer, batch_size, seed, shuffle, drop_last, epochs, workers, rank, world_size)
+    data: Any = dataset
+    if not is_stream(data):
+        return Batches(_map_reader(data, plan), plan.told() | {"samples": len(data)}, start_step, [data])
+    sources, weights = (data.sources, data.weights) if isinstance(data, Mixture) else ([data], [1.0])
+    if len(sources) > 1 and epochs is not None:
+        raise ValueError("batches: each data set of a mixture has its own epochs; leave epochs out")
+    shards = [[source.shards, source.shuffle_buffer, source.resampled] for source in sources]
+    run = plan.told() | {"weights": weights, "shards, shuffle buffer, resampled": shards}
+    return Batches(_stream_reader(sources, weights, plan), run, start_step, sources)
+
+
+def is_stream(dataset: Any) -> bool:
+    """Whether `batches` reads the data set as a stream of shards, without places and without a length."""
+    return isinstance(dataset, Mixture) or hasattr(dataset, "records")
 
 
 def steps_per_epoch(samples: int, batch_size: int, drop_last: bool = True) -> int:
@@ -192,107 +202,203 @@ def steps_per_epoch(samples: int, batch_size: int, drop_last: bool = True) -> in
     return samples // batch_size if drop_last else -(-samples // batch_size)
 
 
-def _map_batches(
-    dataset: Any,
-    tokenizer: Callable[[list[str]], Tensor],
-    batch_size: int,
-    seed: int,
-    start_step: int,
-    shuffle: bool,
-    drop_last: bool,
-    epochs: int | None,
-    workers: int,
-) -> Iterator[Batch]:
-    n = len(dataset)
-    per_epoch = steps_per_epoch(n, batch_size, drop_last)
+class Batches:
+    """Iterator over batches that can say where it stands: what `batches` returns.
+
+    `state_dict()` is the position after the last batch that was handed out, however far ahead the workers have read.
+    `load_state_dict(state)`, before the first batch, goes on from there: batch for batch what the other would have
+    given, and with its counts of unreadable samples.
+    """
+
+    def __init__(self, read: Reader, run: dict[str, Any], start_step: int, sources: list[Any]) -> None:
+        self._read, self._run = read, run
+        self._skips: list[Skipped] = [source.skips for source in sources if hasattr(source, "skips")]
+        self._position: dict[str, Any] = {"step": start_step}
+        self._batches: Positioned | None = None
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._batches is None:
+            self._batches = self._read(self._position)
+        batch, self._position = next(self._batches)
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, as JSON holds it; for a stream with the numbers of the records in its shuffle buffer."""
+        return {"run": self._run, "position": self._position, "skipped": [skips.state_dict() for skips in self._skips]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a state of `batches` called with the same arguments; only start_step and workers may differ.
+
+        Raises:
+            DataError: the state is of another seed, rank, batch size or data set.
+            RuntimeError: a batch was handed out already.
+        """
+        if self._batches is not None:
+            raise RuntimeError("load_state_dict: must be called before the first batch is taken")
+        if wrong := [key for key in self._run if state["run"].get(key) != self._run[key]]:
+            theirs = ", ".join(f"{key} {state['run'].get(key)}" for key in wrong)
+            ours = ", ".join(f"{key} {self._run[key]}" for key in wrong)
+            raise DataError(f"load_state_dict: the state was saved with {theirs}; this is {ours}. Use the same")
+        self._position = state["position"]
+        for skips, found in zip(self._skips, state["skipped"], strict=True):
+            skips.load_state_dict(found)
+
+    def close(self) -> None:
+        """Ends the iteration and its worker threads."""
+        if self._batches is not None:
+            self._batches.close()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The arguments of `batches` that do not depend on the kind of data set."""
+
+    tokenizer: Callable[[list[str]], Tensor]
+    batch_size: int
+    seed: int
+    shuffle: bool
+    drop_last: bool
+    epochs: int | None
+    workers: int
+    rank: int
+    world_size: int
+
+    def told(self) -> dict[str, Any]:
+        """What must be the same where a state is loaded, as JSON holds it."""
+        return {name: getattr(self, name) for name in ("seed", "batch_size", "shuffle", "rank", "world_size")}
+
+
+def _map_reader(dataset: Any, plan: _Plan) -> Reader:
+    n, seed, rank, world_size = len(dataset), plan.seed, plan.rank, plan.world_size
+    together = plan.batch_size * world_size
+    per_epoch = steps_per_epoch(n, together, plan.drop_last)
     if per_epoch == 0:
+        of_ranks = f" on each of {world_size} ranks" if world_size > 1 else ""
         raise DataError(
-            f"batches: the data set has {n} samples, too few for a batch of {batch_size}; use a smaller one"
+            f"batches: the data set has {n} samples, too few for a batch of {plan.batch_size}{of_ranks}; use a smaller "
+            "one"
         )
     draw = getattr(dataset, "draw", lambda index, seed, epoch: dataset[index])
-    together = None if hasattr(dataset, "draw") else getattr(dataset, "__getitems__", None)
+    draw_all = None if hasattr(dataset, "draw") else getattr(dataset, "__getitems__", None)
 
     @functools.lru_cache(maxsize=2)  # the current epoch, and the next where workers read ahead
     def order(epoch: int) -> np.ndarray:
-        return permutation(n, seed, epoch) if shuffle else np.arange(n)
+        return permutation(n, seed, epoch) if plan.shuffle else np.arange(n)
 
-    def batch_at(step: int) -> Batch | None:
+    def batch_at(step: int) -> tuple[int, Batch | None]:
         epoch, place = divmod(step, per_epoch)
-        indices = order(epoch)[place * batch_size : (place + 1) * batch_size].tolist()
-        samples = together(indices) if together else (draw(index, seed, epoch) for index in indices)
+        of_all_ranks = order(epoch)[place * together : (place + 1) * together]
+        indices = np.array_split(of_all_ranks, world_size)[rank].tolist()
+        samples = draw_all(indices) if draw_all else (draw(index, seed, epoch) for index in indices)
         rows = dict(zip(indices, samples, strict=True))
-        if shuffle:
-            _redraw(rows, lambda index: draw(index, seed, epoch), n, seed, step)
+        if plan.shuffle:
+            bad = [index for index, sample in rows.items() if sample is None]
+            taken = set(of_all_ranks.tolist()) if bad else set()
+            for index in bad:
+                # Each rank looks among its own share of the places, so that no two ranks take one sample.
+                places = random_bits(seed, step, index, np.arange(REDRAWS)) % np.uint64(-(-(n - rank) // world_size))
+                for other in (places.astype(np.int64) * world_size + rank).tolist():
+                    if other not in taken and (sample := draw(other, seed, epoch)) is not None:
+                        rows[other] = sample
+                        taken.add(other)
+                        break
         rows = {index: sample for index, sample in rows.items() if sample is not None}
-        if not rows and shuffle:
+        if indices and not rows and plan.shuffle:
             raise DataError(
                 f"batches: not one sample of step {step} could be read; skipped so far: {dict(dataset.skipped)}"
             )
-        return collate(list(rows.values()), list(rows), tokenizer) if rows else None
+        return step, collate(list(rows.values()), list(rows), plan.tokenizer) if rows else None
 
-    steps = itertools.count(start_step) if epochs is None else range(start_step, epochs * per_epoch)
-    return (batch for batch in _in_order(batch_at, steps, workers) if batch is not None)
+    def read(position: dict[str, Any]) -> Positioned:
+        start = position["step"]
+        steps = itertools.count(start) if plan.epochs is None else range(start, plan.epochs * per_epoch)
+        for step, batch in _in_order(batch_at, steps, plan.workers, 2 * plan.workers):
+            if batch is not None:
+                yield batch, {"step": step + 1}
 
-
-def _redraw(rows: dict[int, Sample | None], draw: Callable[[int], Sample | None], n: int, seed: int, step: int) -> None:
-    """Add to `rows` one readable sample from outside the batch for each unreadable one, as far as there are any."""
-    for bad in [index for index, sample in rows.items() if sample is None]:
-        for other in (random_bits(seed, step, bad, np.arange(REDRAWS)) % np.uint64(n)).tolist():
-            if other not in rows and (sample := draw(other)) is not None:
-                rows[other] = sample
-                break
+    return read
 
 
-def _stream_batches(
-    dataset: Any,
-    tokenizer: Callable[[list[str]], Tensor],
-    batch_size: int,
-    seed: int,
-    start_step: int,
-    shuffle: bool,
-    drop_last: bool,
-    epochs: int | None,
-    workers: int,
-) -> Iterator[Batch]:
-    passing = start_step * batch_size  # readable samples still to pass by
-    rows: list[tuple[int, Sample]] = []
-    epoch = 0
-    while epochs is None or epoch < epochs:
-        readable = 0
-        decode = functools.partial(dataset.decode, seed=seed, epoch=epoch)
-        for row in _in_order(decode, dataset.records(seed, epoch, shuffle), workers):
-            if row is None:
+def _stream_reader(sources: list[Any], weights: list[float], plan: _Plan) -> Reader:
+    def stream() -> Stream:
+        how: dict[str, Any] = {"seed": plan.seed, "shuffle": plan.shuffle, "epochs": plan.epochs}
+        return Stream(sources, weights, rank=plan.rank, world_size=plan.world_size, **how)
+
+    stream()  # refuses now what it would refuse at the first batch
+
+    def decode(item: tuple[Record, Mark | None]) -> tuple[Record, Sample | None, Mark | None]:
+        record, mark = item
+        sample = sources[record.source].decode(record.data, record.index, plan.seed, record.epoch)
+        return replace(record, data=None), sample, mark
+
+    def read(position: dict[str, Any]) -> Positioned:
+        records = stream()
+        step, mark, since = position["step"], position.get("mark"), position.get("since", 0)
+        passing = 0 if mark else step * plan.batch_size  # readable samples still to pass by
+        if mark:
+            records.load(mark)
+            for _ in itertools.islice(records, since):
+                pass
+        met: dict[int, int] = {}  # data set without a readable sample so far -> the first of its epochs met here
+        fruitful: set[int] = set()
+        rows: list[tuple[int, Sample]] = []
+        ahead = plan.batch_size + 2 * plan.workers
+        for record, sample, new in _in_order(decode, _marked(records), plan.workers, ahead):
+            if new:
+                mark, since = new, 0
+            since += 1
+            if sample is None:
+                first = met.setdefault(record.source, record.epoch)
+                if record.source not in fruitful and record.epoch > first + patience(plan.world_size):
+                    raise nothing_readable(sources[record.source])
                 continue
-            readable += 1
+            fruitful.add(record.source)
             if passing > 0:
                 passing -= 1
                 continue
-            rows.append(row)
-            if len(rows) == batch_size:
-                yield collate([sample for _, sample in rows], [index for index, _ in rows], tokenizer)
+            rows.append((record.index, sample))
+            if len(rows) == plan.batch_size:
+                step += 1
+                yield gathered(rows), {"step": step, "mark": mark, "since": since}
                 rows = []
-        if readable == 0:
-            raise DataError(f"batches: the data set holds no readable sample; skipped: {dict(dataset.skipped)}")
-        epoch += 1 + passing // readable  # every epoch has the same readable samples, so whole ones need no reading
-        passing %= readable
-    if rows and not drop_last:
-        yield collate([sample for _, sample in rows], [index for index, _ in rows], tokenizer)
+        if not fruitful and "mark" not in position:
+            raise nothing_readable(sources[0])
+        if rows and not plan.drop_last:
+            yield gathered(rows), {"step": step + 1, "mark": mark, "since": since}
+
+    def gathered(rows: list[tuple[int, Sample]]) -> Batch:
+        return collate([sample for _, sample in rows], [index for index, _ in rows], plan.tokenizer)
+
+    return read
 
 
-def _in_order(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """function(item) of each item, in order; with workers > 0 computed ahead by that many threads."""
+def _marked(stream: Stream) -> Iterator[tuple[Record, Mark | None]]:
+    """The records, every MARK_EVERY-th of them with the stream's state before it."""
+    for number in itertools.count():
+        state = None if number % MARK_EVERY else stream.state()
+        record = next(stream, None)
+        if record is None:
+            return
+        yield record, state
+
+
+def _in_order(function: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int) -> Iterator[Result]:
+    """function(item) of each item, in order; with workers > 0 that many threads compute up to `ahead` of them ahead."""
     if workers == 0:
         yield from map(function, items)
         return
-    ahead: deque[Future[Result]] = deque()
+    coming: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="vlmfast-data") as pool:
         try:
             for item in items:
-                ahead.append(pool.submit(function, item))
-                if len(ahead) > 2 * workers:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
+                coming.append(pool.submit(function, item))
+                if len(coming) > ahead:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
         finally:  # also when the reader stops early
-            for future in ahead:
+            for future in coming:
                 future.cancel()

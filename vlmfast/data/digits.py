@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmfast.data.batch import Sample, permutation, random_int
+from vlmfast.data.batch import Sample
+from vlmfast.data.order import permutation, random_int
 from vlmfast.errors import missing_extra
 
 Split = Literal["train", "val", "test"]

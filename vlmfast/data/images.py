@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmfast.data.batch import random_bits
+from vlmfast.data.order import random_bits
 from vlmfast.data.skips import UnreadableError
 from vlmfast.errors import missing_extra
 

@@ -1,6 +1,6 @@
-"""Readers of image-caption pairs on disk (a folder, a CSV file, webdataset tars), and of images alone.
+"""Readers of image-caption pairs on disk (a folder, a CSV file), and of images alone.
 
-What cannot be used (a corrupt image, a missing caption, a tar cut short) is skipped and counted: `skipped` has the
+What cannot be used (a corrupt image, a missing caption) is skipped and counted: `skipped` has the
 counts by reason, `describe_skipped()` the line to print. Only what makes the whole source useless raises.
 """
 
@@ -8,29 +8,20 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 import os
-import signal
-import tarfile
-import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from torch import Tensor
 
-from vlmfast.data.batch import Sample, permutation, random_int
+from vlmfast.data.batch import Sample
 from vlmfast.data.images import Fit, Interpolation, check_fit, load_image
 from vlmfast.data.skips import Skipped, UnreadableError
-from vlmfast.errors import DataError, missing_extra
+from vlmfast.errors import DataError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # of files in a folder
-TAR_IMAGE_KEYS = ("jpg", "png", "jpeg", "webp")  # of members in a tar, the first found is taken; open_clip's list
-SHARD_STRIDE = 2**32  # index of a record = number of its shard * SHARD_STRIDE + number within the shard
-
-log = logging.getLogger(__name__)
 
 
 class _Pair(NamedTuple):
@@ -46,7 +37,7 @@ class _ListedPairs:
         self._pairs: list[_Pair] = []
         check_fit(image_size, fit)
         self._image_size, self._fit, self._interpolation = image_size, fit, interpolation
-        self._skipped = Skipped()
+        self.skips = Skipped()
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -65,19 +56,21 @@ class _ListedPairs:
     @property
     def skipped(self) -> Counter[str]:
         """How many unreadable things were met so far, by reason."""
-        return self._skipped.counts()
+        return self.skips.counts()
 
     def describe_skipped(self) -> str:
         """One line that tells what was skipped, with examples; empty if nothing was."""
-        return self._skipped.describe()
+        return self.skips.describe()
 
     def _read(self, index: int, key: tuple[int, ...]) -> Sample:
         image, caption, id = self._pairs[index]
         try:
-            text = _caption(_bytes(caption, "caption") if isinstance(caption, Path) else caption, f"caption of {image}")
+            text = caption_text(
+                _bytes(caption, "caption") if isinstance(caption, Path) else caption, f"caption of {image}"
+            )
             return Sample(self._pixels(image, key), text, id)
         except UnreadableError as error:
-            self._skipped.add(index, error)
+            self.skips.add(index, error)
             raise
 
     def _pixels(self, image: Path, key: tuple[int, ...]) -> Tensor:
@@ -122,11 +115,11 @@ class FolderPairs(_ListedPairs):
             elif beside in texts:
                 self._pairs.append(_Pair(self.root / name, self.root / beside, id))
             else:
-                self._skipped.add(name, UnreadableError("missing caption", self.root / name))
+                self.skips.add(name, UnreadableError("missing caption", self.root / name))
         if captions is None:
             captions = {name: [] for name in texts - {str(Path(name).with_suffix(".txt")) for name in images}}
         for name in captions:
-            self._skipped.add(name, UnreadableError("missing image", self.root / name, "it has a caption"))
+            self.skips.add(name, UnreadableError("missing image", self.root / name, "it has a caption"))
 
     def _caption_file(self, files: list[str]) -> dict[str, list[object]] | None:
         """Name -> captions, or None if there is no caption file."""
@@ -152,7 +145,8 @@ class FolderPairs(_ListedPairs):
             if tab:
                 captions.setdefault(name, []).append(caption)
             elif line.strip():
-                self._skipped.add((path, number), UnreadableError("line without a tab", f"{path}:{number}", line[:40]))
+                where = f"{path}:{number}"
+                self.skips.add(where, UnreadableError("line without a tab", where, line[:40]))
         return captions
 
 
@@ -185,7 +179,7 @@ class ImageFolder(_ListedPairs):
         try:
             return Sample(self._pixels(self._pairs[index].image, key), "", index)
         except UnreadableError as error:
-            self._skipped.add(index, error)
+            self.skips.add(index, error)
             raise
 
 
@@ -261,179 +255,8 @@ class CsvPairs(_ListedPairs):
                 yield line, row
 
     def _skip(self, line: int, reason: str, detail: str) -> None:
-        self._skipped.add(("line", line), UnreadableError(reason, f"{self.path}:{line}", detail))
-
-
-class WebdatasetPairs:
-    """The pairs in webdataset tars, as img2dataset writes them: `000.jpg`, `000.txt`, `000.json`, `001.jpg`, ...
-
-    Read as a stream: `batches` shuffles the shards and then, through a buffer of encoded samples, their records; the
-    order depends on (seed, epoch) alone. A tar cut short gives what precedes the cut.
-
-    Args:
-        urls: paths or URLs, as webdataset takes them: braces ("{00000..00331}.tar"), several joined by "::",
-            "pipe:command"; or a list of them.
-        image_size: pixels a side, or None for images as they are, which must then have one size.
-        fit, interpolation: how images are brought to that size, see `load_image`.
-        caption_key: suffix of the member with the caption, or "json:field" for a field of the .json member.
-        shuffle_buffer: how many encoded samples are held for shuffling.
-
-    Raises:
-        DataError: no url, or a local tar that does not exist.
-        MissingExtraError: webdataset is not installed.
-    """
-
-    def __init__(
-        self,
-        urls: str | Sequence[str],
-        *,
-        image_size: int | None = None,
-        fit: Fit = "crop",
-        interpolation: Interpolation = "bicubic",
-        caption_key: str = "txt",
-        shuffle_buffer: int = 1000,
-    ) -> None:
-        try:
-            from webdataset.shardlists import expand_urls
-        except ImportError as error:
-            raise missing_extra("webdataset", "data") from error
-        self.urls = [url for entry in ([urls] if isinstance(urls, str) else urls) for url in expand_urls(str(entry))]
-        absent = [url for url in self.urls if ":" not in url and url != "-" and not os.path.isfile(url)]
-        if absent or not self.urls:
-            raise DataError(f"WebdatasetPairs: no such tar: {', '.join(absent[:3]) or urls} ({len(absent)} absent)")
-        self.caption_key, self.shuffle_buffer = caption_key, shuffle_buffer
-        check_fit(image_size, fit)
-        self._image_size, self._fit, self._interpolation = image_size, fit, interpolation
-        self._skipped = Skipped()
-
-    @property
-    def skipped(self) -> Counter[str]:
-        """How many unreadable things were met so far, by reason."""
-        return self._skipped.counts()
-
-    def describe_skipped(self) -> str:
-        """One line that tells what was skipped, with examples; empty if nothing was."""
-        return self._skipped.describe()
-
-    def __iter__(self) -> Iterator[Sample]:
-        """The readable samples, in the order of the shards."""
-        for record in self.records(0, 0, shuffle=False):
-            if (decoded := self.decode(record, 0, 0)) is not None:
-                yield decoded[1]
-
-    def records(self, seed: int, epoch: int, shuffle: bool) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(index, members by suffix) of each record of one epoch, not decoded."""
-        shards = permutation(len(self.urls), seed, epoch) if shuffle else np.arange(len(self.urls))
-        stream = (record for shard in shards.tolist() for record in self._shard(shard))
-        return _shuffled(stream, self.shuffle_buffer, seed, epoch) if shuffle and self.shuffle_buffer > 1 else stream
-
-    def decode(self, record: tuple[int, dict[str, Any]], seed: int, epoch: int) -> tuple[int, Sample] | None:
-        """(index, sample), cropped as (seed, epoch) say; None if it is unreadable, which is counted."""
-        index, members = record
-        where = f"{members['__url__']}: {members['__key__']}"
-        try:
-            image = next((members[key] for key in TAR_IMAGE_KEYS if key in members), None)
-            if image is None:
-                raise UnreadableError("missing image", where, f"members {[key for key in members if key[0] != '_']}")
-            text = self._text(members, where)
-            pixels = load_image(
-                image,
-                self._image_size,
-                self._fit,
-                interpolation=self._interpolation,
-                key=(seed, epoch, index),
-                where=where,
-            )
-            return index, Sample(pixels, text, index)
-        except UnreadableError as error:
-            self._skipped.add(index, error)
-            return None
-
-    def _text(self, members: dict[str, Any], where: str) -> str:
-        suffix, _, field = self.caption_key.partition(":")
-        if suffix not in members:
-            raise UnreadableError("missing caption", where, f"no member .{suffix}")
-        if not field:
-            return _caption(members[suffix], where)
-        try:
-            table = json.loads(members[suffix])
-        except ValueError as error:
-            raise UnreadableError("bad JSON", where, str(error)) from error
-        return _caption(table.get(field) if isinstance(table, dict) else None, where)
-
-    def _shard(self, shard: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(index, members) of each record of one tar."""
-        from webdataset.tariterators import group_by_keys
-
-        url = self.urls[shard]
-
-        def twice(error: Exception) -> bool:
-            self._skipped.add((url, str(error)), UnreadableError("second member of one name", url, str(error.args[0])))
-            return True
-
-        members = ({"fname": name, "data": data, "__url__": url} for name, data in self._members(url))
-        for number, record in enumerate(group_by_keys(members, handler=twice)):
-            yield shard * SHARD_STRIDE + number, record
-
-    def _members(self, url: str) -> Iterator[tuple[str, bytes]]:
-        """(name, content) of each file in the tar at `url`; what stops the reading is counted and logged."""
-        from webdataset.gopen import gopen, set_options
-
-        last = ""
-        try:
-            with gopen(url) as stream:
-                set_options(stream, ignore_status=[0, 141, -signal.SIGPIPE])  # a pipe that we leave early is no error
-                with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as tar:
-                    for member in tar:
-                        if reason := _no_part_of_a_sample(member):
-                            self._skipped.add((url, member.name), UnreadableError(reason, f"{url}: {member.name}"))
-                        elif member.isfile():
-                            yield member.name, tar.extractfile(member).read()  # type: ignore[union-attr]
-                        last = member.name
-                        tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
-                    if tar.fileobj.read(2 * tarfile.RECORDSIZE).strip(b"\0"):  # type: ignore[union-attr]
-                        raise tarfile.ReadError("more data after the end mark; tars cannot be joined by cat")
-        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-            reason = "tar cut short" if last else "tar not readable"
-            problem = UnreadableError(reason, url, f"{error}; used up to {last}" if last else str(error))
-            if self._skipped.add(url, problem):
-                log.warning("%s", problem)
-
-
-class _Header(tarfile.TarInfo):
-    """A header that tells the end mark from a damaged or missing header, which tarfile takes for an end too."""
-
-    @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> _Header:
-        try:
-            return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(f"{error} where a member or the end mark should be") from error
-
-
-def _no_part_of_a_sample(member: tarfile.TarInfo) -> str:
-    """Why a member cannot belong to a sample; empty for files that can, and for folders."""
-    from webdataset.tariterators import base_plus_ext
-
-    if member.isfile():
-        return "" if base_plus_ext(member.name)[0] else "member without a suffix"
-    return "" if member.isdir() else "link in a tar"
-
-
-def _shuffled(stream: Iterator[Any], size: int, seed: int, epoch: int) -> Iterator[Any]:
-    """The items of the stream, through a buffer from which a random one leaves for each that comes."""
-    buffer: list[Any] = []
-    for number, item in enumerate(stream):
-        if len(buffer) < size:
-            buffer.append(item)
-        else:
-            place = random_int(seed, epoch, number) % size
-            buffer[place], item = item, buffer[place]
-            yield item
-    for place in permutation(len(buffer), seed, epoch, size):
-        yield buffer[place]
+        where = f"{self.path}:{line}"
+        self.skips.add(where, UnreadableError(reason, where, detail))
 
 
 def _files_under(root: Path) -> list[str]:
@@ -468,8 +291,16 @@ def _bytes(path: Path, what: str) -> bytes:
         raise UnreadableError("file not readable", path, str(error.strerror)) from error
 
 
-def _caption(value: object, where: object) -> str:
-    """The caption in bytes or in text, without the white space around it."""
+def caption_text(value: object, where: object) -> str:
+    """The caption in bytes or in text, without the white space around it.
+
+    Args:
+        value: what stands where the caption should be.
+        where: the file's name, for the error.
+
+    Raises:
+        UnreadableError: "missing caption", "caption not a text", "caption not UTF-8" or "empty caption".
+    """
     try:
         text = value.decode("utf-8") if isinstance(value, bytes) else value
         if text is None:

@@ -18,8 +18,8 @@ from vlmfast.data import digits
 from vlmfast.data.batch import Batch, batches
 from vlmfast.data.benchmark import Benchmark, is_benchmark, read_benchmark
 from vlmfast.data.images import fit_image
-from vlmfast.data.pairs import WebdatasetPairs
 from vlmfast.data.scenes import Scenes
+from vlmfast.data.webdataset import WebdatasetPairs
 from vlmfast.errors import DataError, missing_extra
 from vlmfast.eval.embed import TwoTowers, embed_images, embed_texts, evaluating
 from vlmfast.eval.retrieval import retrieval_metrics

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmfast.data import digits, scenes
-from vlmfast.data.batch import Sample, random_bits
+from vlmfast.data.batch import Sample
 from vlmfast.data.images import Fit, Interpolation
-from vlmfast.data.pairs import CsvPairs, FolderPairs, WebdatasetPairs
+from vlmfast.data.order import random_bits
+from vlmfast.data.pairs import CsvPairs, FolderPairs
 from vlmfast.data.scenes.samples import read
+from vlmfast.data.webdataset import WebdatasetPairs
 from vlmfast.errors import DataError
 from vlmfast.models import ClipConfig
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmfast.data.batch import random_bits
+from vlmfast.data.order import random_bits
 from vlmfast.data.scenes import colours
 from vlmfast.data.scenes.colours import COLOURS
 from vlmfast.data.scenes.shapes import FRAMES, GRID, POINTS, SHAPES, TURNS, covered
