@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,16 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmfast.data import digits, scenes
-from vlmfast.data.batch import Sample
+from vlmfast.data.batch import Sample, is_stream
 from vlmfast.data.images import Fit, Interpolation
+from vlmfast.data.mixture import Mixture
 from vlmfast.data.order import random_bits
 from vlmfast.data.pairs import CsvPairs, FolderPairs
+from vlmfast.data.scenes.latents import SPLIT_SIZES
 from vlmfast.data.scenes.samples import read
+from vlmfast.data.synthetic import Synthetic
 from vlmfast.data.webdataset import WebdatasetPairs
 from vlmfast.errors import DataError
 from vlmfast.models import ClipConfig
 
-DatasetType = Literal["digits", "scenes", "folder", "csv", "webdataset"]
+DatasetType = Literal["digits", "scenes", "synthetic", "folder", "csv", "webdataset"]
 Split = Literal["train", "val", "test"]
 Level = Literal["L0", "L1", "L2"]
 SceneSplit = Literal["train", "val", "test", "comp-test", "style-test"]
@@ -38,13 +42,27 @@ class DataFlags:
     """What kind of data it is, and how a CSV file is laid out."""
 
     dataset_type: DatasetType = "digits"
-    """digits (real scans, which come with scikit-learn), scenes (made here, without end), folder, csv or webdataset."""
+    """digits (real scans, which come with scikit-learn), scenes (made here, without end), synthetic (noise and words,
+    for throughput), folder, csv or webdataset."""
     csv_img_key: str = "filepath"
     """CSV: column with the image's path."""
     csv_caption_key: str = "title"
     """CSV: column with the caption."""
     csv_separator: str = "\t"
     """CSV: one character."""
+
+
+@dataclass(kw_only=True)
+class TrainDataFlags(DataFlags):
+    """How tars are read to train."""
+
+    shuffle_buffer: int = 1000
+    """Tars: encoded samples held for shuffling; 0 shuffles the tars alone."""
+    train_data_upsampling_factors: str = ""
+    """Tars: a factor for each part of --train-data between "::", such as 1::2: how many times as often as the others' a
+    sample of that part is read, where all tars hold as many. Without it the parts are joined to one data set."""
+    dataset_resampled: bool = False
+    """Tars: draw them with replacement, instead of reading each once an epoch."""
 
 
 def open_pairs(
@@ -61,10 +79,10 @@ def open_pairs(
 
     Args:
         flags: the kind of data.
-        where: path, pattern of tars or file; the level of scenes (default L1); not looked at for digits.
+        where: path, pattern of tars or file; the level of scenes (default L1); not looked at for digits and synthetic.
         split: "train" reads digits and images with small random changes; digits and scenes know "val" and "test".
         image_size: pixels a side, as the model takes them.
-        size: how many scenes; default: 100 000 to train, 5 000 else.
+        size: how many scenes or synthetic samples; default: 100 000 to train, 5 000 else.
         fit, interpolation: how images on disk are brought to that size, see `load_image`; None: "random" to train, and
             "crop" else.
     Raises:
@@ -78,6 +96,8 @@ def open_pairs(
         return Nudged(scans) if split == "train" else scans
     if flags.dataset_type == "scenes":
         return scenes.dataset(where or "L1", split, size, image_size)
+    if flags.dataset_type == "synthetic":
+        return Synthetic(size or SPLIT_SIZES[split], image_size)
     if not where:
         flag = "--train-data" if split == "train" else "--val-data"
         raise DataError(f"--dataset-type {flags.dataset_type} needs {flag} with a path")
@@ -96,7 +116,49 @@ def open_pairs(
             fit=fit,
             interpolation=interpolation,
         )
-    return WebdatasetPairs(where, image_size=image_size, fit=fit, interpolation=interpolation)
+    how: dict[str, Any] = {"image_size": image_size, "fit": fit, "interpolation": interpolation}
+    if split == "train" and isinstance(flags, TrainDataFlags):
+        return _tars_to_train(flags, where, how)
+    return WebdatasetPairs(where, **how)
+
+
+def _tars_to_train(flags: TrainDataFlags, where: str, how: dict[str, Any]) -> WebdatasetPairs | Mixture:
+    """The tars with the flags' way of shuffling; a mixture if there are factors."""
+    how |= {"shuffle_buffer": flags.shuffle_buffer, "resampled": flags.dataset_resampled}
+    if not flags.train_data_upsampling_factors:
+        return WebdatasetPairs(where, **how)
+    parts, words = where.split("::"), flags.train_data_upsampling_factors.split("::")
+    try:
+        factors = [float(word) for word in words]
+    except ValueError:
+        factors = []
+    if len(factors) != len(parts) or not all(0 < factor < math.inf for factor in factors):
+        raise DataError(
+            f"--train-data-upsampling-factors must be a number > 0 for each of the {len(parts)} parts of --train-data, "
+            f"such as 1::2; got {flags.train_data_upsampling_factors!r}"
+        )
+    sources = [WebdatasetPairs(part, **how) for part in parts]
+    return Mixture(sources, [factor * source.shards for factor, source in zip(factors, sources, strict=True)])
+
+
+def train_samples(dataset: Any, told: int | None) -> int:
+    """How many samples count as one epoch.
+
+    Args:
+        dataset: what `open_pairs` returned.
+        told: --train-num-samples, which tars take before what the files beside them tell.
+    Raises:
+        DataError: nothing tells how many samples the tars hold.
+    """
+    if not is_stream(dataset):
+        return len(dataset)
+    count = dataset.num_samples if told is None else told
+    if count is None:
+        raise DataError(
+            "--dataset-type webdataset needs --train-num-samples, or sizes.json or __len__ beside the tars: only a "
+            "whole reading would count them"
+        )
+    return count
 
 
 def image_side(config: ClipConfig) -> int:
@@ -122,12 +184,14 @@ def captions(dataset: Any) -> list[str]:
     if isinstance(dataset, scenes.Scenes):  # without drawing them
         latents = dataset.latents(range(min(len(dataset), CAPTIONS)))
         return [read(latents.scene(row), dataset.granularity)[0] for row in range(len(latents))]
+    if isinstance(dataset, Synthetic):
+        return [dataset.caption(index) for index in range(min(len(dataset), CAPTIONS))]
     return [sample.text for sample in islice(readable(dataset), CAPTIONS)]
 
 
 def readable(dataset: Any) -> Iterator[Sample]:
     """The samples of `dataset` in its own order, without those that cannot be read (it counts them)."""
-    if hasattr(dataset, "records"):
+    if is_stream(dataset):
         yield from dataset
         return
     draw: Callable[[int, int, int], Sample | None] = getattr(dataset, "draw", lambda index, seed, epoch: dataset[index])
