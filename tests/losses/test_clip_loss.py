@@ -199,13 +199,39 @@ def test_a_subclass_of_forward_alone_keeps_the_fused_loss(backend, monkeypatch):
     assert torch.equal(Doubled()(image, text, scale), expected)
 
 
-def test_more_than_one_process_is_refused():
-    with pytest.raises(BackendError, match=r"ClipLoss: world_size must be 1, .* got 2"):
-        ClipLoss(local_loss=True, gather_with_grad=True, rank=1, world_size=2)
+def test_refusals():
     with pytest.raises(VlmfastError, match="ClipLoss: use_horovod=True is not supported"):
         ClipLoss(use_horovod=True)
     with pytest.raises(TypeError, match="unexpected keyword argument 'chunk_size'"):
         ClipLoss(chunk_size=4)
+    with pytest.raises(ValueError, match=r"ClipLoss: transport must be 'auto', 'gather' or 'ring'; got 'star'"):
+        ClipLoss(transport="star")
+
+
+@pytest.mark.parametrize("local_loss", [False, True])
+def test_the_biased_flags_are_warned_of(local_loss, recwarn):
+    with pytest.warns(UserWarning, match="ClipLoss: local_loss=.*[Pp]ass .*gather_with_grad=True"):
+        ClipLoss(local_loss=local_loss, world_size=2)
+    ClipLoss(local_loss=local_loss, gather_with_grad=True, world_size=2)
+    ClipLoss(local_loss=local_loss)
+    assert not recwarn
+
+
+def test_several_ranks_need_torch_distributed():
+    image, text, scale = features()
+    loss = ClipLoss(local_loss=True, gather_with_grad=True, rank=1, world_size=2)
+    for call in (loss, loss.get_logits):
+        with pytest.raises(
+            BackendError, match=r"torch\.distributed has no process group: start the program with torch"
+        ):
+            call(image, text, scale)
+
+
+def test_local_labels_count_the_rows_of_the_ranks_before():
+    loss = ClipLoss(True, True, cache_labels=True, rank=2, world_size=3)
+    for _ in range(2):
+        assert loss.get_ground_truth(torch.device("cpu"), 4).tolist() == [8, 9, 10, 11]
+    assert ClipLoss(False, True, rank=2, world_size=3).get_ground_truth(torch.device("cpu"), 3).tolist() == [0, 1, 2]
 
 
 def test_it_has_no_state_and_can_be_copied(backend):
