@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -82,3 +83,29 @@ def shards(tmp_path, count, each):
         members = [member for key, image, text in pairs for member in ((f"{key}.png", image), (f"{key}.txt", text))]
         write(tmp_path, {f"{shard:05}.tar": tar_bytes(members)})
     return f"{tmp_path}/{{00000..{count - 1:05}}}.tar"
+
+
+def damaged_shards(folder: Path, count=6, each=200):
+    """(url, shades of the good pairs by text, counts by reason) of tars in which some records have a fault.
+
+    Sample n of shard s has the text "s n". Of 6 tars of 200 records, 1.4 % of the records have a fault, and the last
+    tar is cut.
+    """
+    good, reasons = {}, Counter()
+    for shard in range(count):
+        faults = {3 * shard + 2: "corrupt image", 4 * shard + 4: "not an image", each - 1 - shard % 2: "empty caption"}
+        members = []
+        for n in range(each):
+            shade, fault = (40 * shard + n) % 256, faults.get(n)
+            image, text = picture(shade, "JPEG", 16), f"{shard} {n}".encode()
+            image = {"corrupt image": image[:400], "not an image": HTML}.get(fault, image)
+            if shard == count - 1 and n == each - 10:  # the last that is there, and only a part of it
+                members.append((f"{n:05}.jpg", image))
+                break
+            members += [(f"{n:05}.jpg", image), (f"{n:05}.txt", b" " if fault == "empty caption" else text)]
+            good |= {} if fault else {text.decode(): shade}
+            reasons.update([fault] if fault else [])
+        tar = tar_bytes(members)
+        write(folder, {f"{shard:05}.tar": tar if shard < count - 1 else tar[: tar.rindex(b"JFIF") + 300]})
+    reasons.update(["tar cut short"])
+    return f"{folder}/{{00000..{count - 1:05}}}.tar", good, dict(reasons)

@@ -1,6 +1,7 @@
 """The batch at step t is a pure function of (data set, seed, t)."""
 
 import itertools
+import json
 import threading
 from collections import Counter
 
@@ -171,9 +172,95 @@ def test_a_set_without_a_readable_sample_says_so(kind):
         first(1, kind(8, bad=range(8)))
 
 
+# Ranks and positions
+
+
+@pytest.mark.parametrize(("n", "bad"), [(26, ()), (60, (0, 7, 20, 21, 50))])
+def test_the_ranks_rows_together_are_those_of_one_rank_with_the_whole_batch(n, bad):
+    whole = list(itertools.islice(batches(Listed(n, bad), tokenizer, 12, seed=3), 12))
+    ranks = [first(12, Listed(n, bad), rank=rank, world_size=3) for rank in range(3)]
+    for step, batch in enumerate(whole):
+        rows = numbers([each[step] for each in ranks])
+        assert len(set(rows)) == 12  # no sample twice, whoever took the row of an unreadable one
+        assert set(rows) >= set(permutation(n, 3, step // (n // 12))[step % (n // 12) * 12 :][:12].tolist()) - set(bad)
+        assert bad or rows == numbers([batch])
+
+
+def test_a_rank_reads_its_own_rows_alone():
+    class Counted(Listed):
+        drawn = ()
+
+        def draw(self, index, seed, epoch):
+            self.drawn += (index,)
+            return super().draw(index, seed, epoch)
+
+    drawn = []
+    for rank in range(3):
+        dataset = Counted(24)
+        first(2, dataset, rank=rank, world_size=3)
+        assert len(dataset.drawn) == 8
+        drawn += dataset.drawn
+    assert sorted(drawn) == list(range(24))
+
+
+def test_two_ranks_never_take_one_sample_for_two_unreadable_ones():
+    # The samples of the step are all unreadable but three, and few others are left to take their rows.
+    order = permutation(24, 3, 0)
+    dataset = Listed(24, set(order[:12].tolist()) - {order[0], order[4], order[8]})
+    rows = [numbers(first(1, dataset, rank=rank, world_size=3)) for rank in range(3)]
+    assert all(len(each) > 1 for each in rows)
+    assert len({*rows[0], *rows[1], *rows[2]}) == sum(map(len, rows))
+
+
+def test_a_short_last_batch_is_shared_out_evenly():
+    sizes = [
+        [len(batch) for batch in first(None, Listed(17), shuffle=False, epochs=1, rank=rank, world_size=3)]
+        for rank in range(3)
+    ]
+    assert sizes == [[4, 2], [4, 2], [4, 1]]
+
+
+@KINDS
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loaded_state_goes_on_where_it_was_taken(kind, workers):
+    whole = first(14, kind(22, (1, 2)), workers=workers)
+    for stop in (0, 1, 5, 6, 11):
+        stream = batches(kind(22, (1, 2)), tokenizer, 4, seed=3, workers=workers)
+        assert same(list(itertools.islice(stream, stop)), whole[:stop])
+        state = json.loads(json.dumps(stream.state_dict()))
+        stream.close()
+        again = batches(kind(22, (1, 2)), tokenizer, 4, seed=3, start_step=9, workers=workers)
+        again.load_state_dict(state)
+        assert again.state_dict() == state
+        assert same(list(itertools.islice(again, 14 - stop)), whole[stop:])
+        again.close()
+
+
+def test_a_state_of_another_data_set_is_refused():
+    state = batches(Listed(22), tokenizer, 4, seed=3).state_dict()
+    with pytest.raises(DataError, match="saved with samples 22; this is samples 23"):
+        batches(Listed(23), tokenizer, 4, seed=3).load_state_dict(state)
+
+
+@pytest.mark.parametrize(("size", "sizes"), [(4, [4, 4, 2]), (5, [5, 5]), (10, [10]), (99, [10])])
+def test_a_batch_comes_apart_in_order(size, sizes):
+    batch = collate([sample(i) for i in range(10)], list(range(10)), tokenizer)
+    pieces = batch.split(size)
+    assert [len(piece) for piece in pieces] == sizes
+    for name in ("image", "text", "index", "ids"):
+        assert torch.equal(torch.cat([getattr(piece, name) for piece in pieces]), getattr(batch, name))
+    bare = Batch(batch.image, batch.text, batch.index).split(size)
+    assert [piece.ids for piece in bare] == [None] * len(sizes)
+    assert pieces[0].image.data_ptr() == batch.image.data_ptr()  # no copy
+    with pytest.raises(ValueError, match="size must be at least 1"):
+        batch.split(0)
+
+
 def test_a_set_smaller_than_a_batch_is_refused():
     with pytest.raises(DataError, match=r"has 3 samples, too few for a batch of 4"):
         batches(Listed(3), tokenizer, 4, seed=0)
+    with pytest.raises(DataError, match=r"has 7 samples, too few for a batch of 4 on each of 2 ranks"):
+        batches(Listed(7), tokenizer, 4, seed=0, rank=0, world_size=2)
 
 
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"start_step": -1}, {"workers": -1}, {"epochs": -1}])

@@ -12,6 +12,7 @@ import torch
 from crawl import CRAWL, GOOD, HTML, REASONS, members_of, picture, shards, tar_bytes, texts_and_shades, tokenizer, write
 
 from vlmfast.data import batches
+from vlmfast.data.mixture import Mixture
 from vlmfast.data.stream import SHARD_STRIDE, Stream
 from vlmfast.data.webdataset import WebdatasetPairs
 from vlmfast.errors import DataError
@@ -191,3 +192,34 @@ def test_evaluation_reads_a_tar_once_in_its_order(tmp_path):
     seen = list(batches(dataset, tokenizer, 4, seed=0, shuffle=False, epochs=1))
     assert torch.cat([batch.image[:, 0, 0, 0] for batch in seen]).tolist() == [0, 1, 2, 3, 4, 10, 11, 12, 13, 14]
     assert [len(batch) for batch in seen] == [4, 4, 2]
+
+
+def test_numbers_of_samples_are_told_by_files_beside_the_tars(tmp_path):
+    a, b = shards(tmp_path / "a", 3, 2), shards(tmp_path / "b", 2, 2)
+    assert WebdatasetPairs(a).num_samples is None
+    write(tmp_path / "a", {"__len__": "6\n"})
+    assert WebdatasetPairs(a).num_samples == 6
+    write(tmp_path / "a", {"sizes.json": '{"00000.tar": 5, "00001.tar": 7, "00002.tar": 9, "00009.tar": 100}'})
+    assert WebdatasetPairs(a).num_samples == 21
+    assert WebdatasetPairs(a.replace("00002", "00001")).num_samples == 12  # of the tars that are read
+    assert WebdatasetPairs(f"{a}::{b}").num_samples is None
+    write(tmp_path / "b", {"__len__": "4"})
+    assert WebdatasetPairs([a, b]).num_samples == 25
+    assert Mixture([WebdatasetPairs(a), WebdatasetPairs(b)], [1, 9]).num_samples == 25
+    assert WebdatasetPairs("pipe:cat x.tar").num_samples is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"00000.tar": 5}', r"sizes\.json: has no entry for '00001\.tar'"),
+        ("[5, 7]", r"sizes\.json: does not tell numbers"),
+        ("{", r"sizes\.json: does not tell numbers"),
+        ('{"00000.tar": 5, "00001.tar": "many"}', r"sizes\.json: does not tell numbers"),
+    ],
+)
+def test_a_count_that_cannot_be_read_is_told(tmp_path, content, message):
+    dataset = WebdatasetPairs(shards(tmp_path, 2, 1))
+    write(tmp_path, {"sizes.json": content})
+    with pytest.raises(DataError, match=message):
+        dataset.num_samples  # noqa: B018

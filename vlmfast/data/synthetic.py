@@ -11,8 +11,8 @@ from vlmfast.data.order import random_bits, random_int
 PLAIN = (  # words that are one token each of OpenAI's vocabulary
     "a an the of on in with and at by near under over two three old new small large red blue green black white brown "
     "dark bright photo picture view man woman child dog cat bird horse car train boat street house tree river lake "
-    "mountain beach sky sun snow table chair room window door cup plate food bread fruit flower grass field road bridge "
-    "city night day summer winter walking sitting standing running holding looking wearing playing open"
+    "mountain beach sky sun snow table chair room window door cup plate food bread fruit flower grass field road "
+    "bridge city night day summer winter walking sitting standing running holding looking wearing playing open"
 )
 WORDS = tuple(PLAIN.split())
 CAPTION_WORDS = (3, 23)  # with start and end 5 to 25 tokens, 15 on average: the captions of our benchmarks

@@ -17,7 +17,7 @@ from vlmfast.data.batch import Sample
 from vlmfast.data.images import Fit, Interpolation, check_fit, load_image
 from vlmfast.data.pairs import caption_text
 from vlmfast.data.skips import Skipped, UnreadableError
-from vlmfast.data.stream import SHARD_STRIDE
+from vlmfast.data.stream import SHARD_STRIDE, SOURCE_STRIDE
 from vlmfast.errors import DataError, missing_extra
 
 IMAGE_KEYS = ("jpg", "png", "jpeg", "webp")  # suffixes of members, the first found is taken; open_clip's list
@@ -81,6 +81,8 @@ class WebdatasetPairs:
         folders: dict[str, list[str]] = {}
         for url in self.urls:
             folder, name = os.path.split(url.removeprefix("file:"))
+            if ":" in folder + name:  # a pipe, or another machine's
+                return None
             folders.setdefault(folder, []).append(name)
         counts = [_count(Path(folder), names) for folder, names in folders.items()]
         return None if None in counts else sum(counts)  # type: ignore[arg-type]
@@ -133,7 +135,7 @@ class WebdatasetPairs:
             )
             return Sample(pixels, text, index)
         except UnreadableError as error:
-            self.skips.add(index, error)
+            self.skips.add(index % SOURCE_STRIDE, error)  # one record, alone or in a mixture
             return None
 
     def _text(self, members: dict[str, Any], where: str) -> str:

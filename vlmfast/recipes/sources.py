@@ -215,12 +215,23 @@ def pick_device(name: str) -> torch.device:
         raise DataError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
-def tell_skipped(dataset: Any) -> None:
+def tell_skipped(dataset: Any, group: Any = None) -> None:
     """Prints, on stderr, what of the data set could not be read and was left out, if anything.
 
     Args:
         dataset: what `open_pairs` returned.
+        group: the process group of the ranks that read the data set together, which all call this; the first of them
+            prints what all met, each thing once.
     """
+    if group is not None:
+        skips = [source.skips for source in getattr(dataset, "sources", [dataset]) if hasattr(source, "skips")]
+        states: list[Any] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(states, [each.state_dict() for each in skips], group)
+        for state in states:
+            for each, found in zip(skips, state, strict=True):
+                each.load_state_dict(found)
+        if torch.distributed.get_rank(group) > 0:
+            return
     if line := getattr(dataset, "describe_skipped", str)():
         print(line, file=sys.stderr)
 
