@@ -201,6 +201,7 @@ class _ClipOverRanks(torch.autograd.Function):
                     dx = _added(dx, dx_part)
                 if need_y:
                     home.add(ranks, dy_part.split([plan.columns.sizes[k] for k in ranks]))
+                del dx_part, dy_part  # before the next block's are made
         plan.columns.kept = []
         dy = home.result() if need_y else None
         dx, dy = (None if d is None else (plan.tower_factor * d).to(v.dtype) for d, v in ((dx, x), (dy, y)))
@@ -256,6 +257,7 @@ class _SiglipOverRanks(torch.autograd.Function):
                     dx = _added(dx, dx_part)
                 if need_y:
                     home.add(ranks, dy_part.split([plan.columns.sizes[k] for k in ranks]))
+                del results, dx_part, dy_part  # before the next block's are made
         dy = home.result() if need_y else None
         gradients = [dx, dy, dscale if need_scalars[0] else None, dbias if need_scalars[1] else None]
         ctx.dtypes = [v.dtype for v in (x, y, scale, bias)]
