@@ -12,7 +12,7 @@ from vlmfast._version import __version__
 if TYPE_CHECKING:
     from vlmfast import backend, errors
     from vlmfast.backend import use_backend
-    from vlmfast.losses import ClipLoss, InfoNceLoss, SigLipLoss, VseLoss
+    from vlmfast.losses import ClipLoss, CoCaLoss, DistillClipLoss, InfoNceLoss, SigLipLoss, VseLoss
     from vlmfast.ops import available_backends
     from vlmfast.ops.attention import attention
     from vlmfast.ops.hinge_loss import vse_loss
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ClipLoss",
+    "CoCaLoss",
+    "DistillClipLoss",
     "InfoNceLoss",
     "SigLipLoss",
     "VseLoss",
@@ -45,7 +47,7 @@ __all__ = [
 
 _HOMES = {
     "vlmfast.backend": ("use_backend",),
-    "vlmfast.losses": ("ClipLoss", "InfoNceLoss", "SigLipLoss", "VseLoss"),
+    "vlmfast.losses": ("ClipLoss", "CoCaLoss", "DistillClipLoss", "InfoNceLoss", "SigLipLoss", "VseLoss"),
     "vlmfast.ops": ("available_backends",),
     "vlmfast.ops.attention": ("attention",),
     "vlmfast.ops.hinge_loss": ("vse_loss",),

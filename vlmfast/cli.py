@@ -20,6 +20,7 @@ from vlmfast.errors import VlmfastError, missing_extra
 COMMANDS = (
     "demo",
     "train",
+    "plan",
     "eval",
     "embed",
     "search",
@@ -49,10 +50,13 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if args is None else args)
     command = next((name for name in COMMANDS if words[: len(name.split())] == name.split()), None)
-    if command is None:
-        return _top_level(words)
     try:
-        return _run(command, words[len(command.split()) :])
+        status = _top_level(words) if command is None else _run(command, words[len(command.split()) :])
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at exit has to go somewhere
+        return 0
     except FAILURES as error:
         if os.environ.get("VLMFAST_DEBUG") == "1":
             raise

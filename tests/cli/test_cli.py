@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import subprocess
 import sys
 
 import pytest
@@ -127,3 +128,9 @@ def test_doctor_says_which_backend_is_forced(capsys):
     with backend.use_backend("reference"):
         cli.main(["doctor"])
     assert "forces reference" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure():
+    shell = f"{sys.executable} -m vlmfast.cli --help | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

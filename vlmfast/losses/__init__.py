@@ -1,8 +1,10 @@
-"""The losses as modules. `ClipLoss` and `SigLipLoss` take the place of open_clip's, with its arguments and results."""
+"""The losses as modules. The Clip, SigLip, CoCa and DistillClip ones take the place of open_clip's."""
 
 from vlmfast.losses.clip import ClipLoss
+from vlmfast.losses.coca import CoCaLoss
+from vlmfast.losses.distill import DistillClipLoss
 from vlmfast.losses.info_nce import InfoNceLoss
 from vlmfast.losses.siglip import SigLipLoss
 from vlmfast.losses.vse import VseLoss
 
-__all__ = ["ClipLoss", "InfoNceLoss", "SigLipLoss", "VseLoss"]
+__all__ = ["ClipLoss", "CoCaLoss", "DistillClipLoss", "InfoNceLoss", "SigLipLoss", "VseLoss"]
