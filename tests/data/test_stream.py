@@ -3,6 +3,8 @@
 import itertools
 import json
 import random
+import threading
+import time
 from collections import Counter
 
 import pytest
@@ -140,6 +142,18 @@ def test_a_rank_whose_shards_are_all_dead_goes_on_with_those_of_the_next_epoch(t
     for rank in (0, 1):
         with pytest.raises(DataError, match=r"no readable sample; skipped: {'not an image': 2}"):
             taken(WebdatasetPairs([f"{tmp_path}/page.tar"] * 2), 1, rank=rank, world_size=2)
+
+
+def test_the_next_batch_is_made_while_the_reader_is_busy_and_no_thread_is_left(tmp_path):
+    dataset = Watched(shards(tmp_path, 4, 10), shuffle_buffer=4)
+    stream = batches(dataset, tokenizer, 5, seed=0, workers=1)
+    next(stream)
+    deadline = time.monotonic() + 60
+    while dataset.decoded < 10 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert dataset.decoded >= 10  # nobody has asked for the second batch yet
+    stream.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("vlmfast-data")]
 
 
 # Position

@@ -315,7 +315,7 @@ def _map_reader(dataset: Any, plan: _Plan) -> Reader:
     def read(position: dict[str, Any]) -> Positioned:
         start = position["step"]
         steps = itertools.count(start) if plan.epochs is None else range(start, plan.epochs * per_epoch)
-        for step, batch in _in_order(batch_at, steps, plan.workers, 2 * plan.workers):
+        for step, batch in _in_order(batch_at, steps, plan.workers):
             if batch is not None:
                 yield batch, {"step": step + 1}
 
@@ -345,8 +345,7 @@ def _stream_reader(sources: list[Any], weights: list[float], plan: _Plan) -> Rea
         met: dict[int, int] = {}  # data set without a readable sample so far -> the first of its epochs met here
         fruitful: set[int] = set()
         rows: list[tuple[int, Sample]] = []
-        ahead = plan.batch_size + 2 * plan.workers
-        for record, sample, new in _in_order(decode, _marked(records), plan.workers, ahead):
+        for record, sample, new in _in_order(decode, _marked(records), plan.workers):
             if new:
                 mark, since = new, 0
             since += 1
@@ -372,7 +371,19 @@ def _stream_reader(sources: list[Any], weights: list[float], plan: _Plan) -> Rea
     def gathered(rows: list[tuple[int, Sample]]) -> Batch:
         return collate([sample for _, sample in rows], [index for index, _ in rows], plan.tokenizer)
 
-    return read
+    return (lambda position: _one_ahead(read(position))) if plan.workers else read
+
+
+def _one_ahead(items: Generator[Result, None, None]) -> Generator[Result, None, None]:
+    """The items, the next one made by a thread while the reader is busy with this one."""
+    try:
+        with ThreadPoolExecutor(1, thread_name_prefix="vlmfast-data") as pool:
+            coming = pool.submit(next, items, None)
+            while (item := coming.result()) is not None:
+                coming = pool.submit(next, items, None)
+                yield item
+    finally:
+        items.close()
 
 
 def _marked(stream: Stream) -> Iterator[tuple[Record, Mark | None]]:
@@ -385,8 +396,8 @@ def _marked(stream: Stream) -> Iterator[tuple[Record, Mark | None]]:
         yield record, state
 
 
-def _in_order(function: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int) -> Iterator[Result]:
-    """function(item) of each item, in order; with workers > 0 that many threads compute up to `ahead` of them ahead."""
+def _in_order(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+    """function(item) of each item, in order; with workers > 0 computed ahead by that many threads."""
     if workers == 0:
         yield from map(function, items)
         return
@@ -395,7 +406,7 @@ def _in_order(function: Callable[[Item], Result], items: Iterable[Item], workers
         try:
             for item in items:
                 coming.append(pool.submit(function, item))
-                if len(coming) > ahead:
+                if len(coming) > 2 * workers:
                     yield coming.popleft().result()
             while coming:
                 yield coming.popleft().result()

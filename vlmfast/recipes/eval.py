@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import string
 from collections.abc import Callable, Iterable, Iterator
@@ -316,20 +317,27 @@ def _is_benchmark(config: Config) -> bool:
 
 
 class _Words:
-    """Stands where `batches` wants a tokenizer, and keeps the last batch's texts as they are."""
+    """Stands where `batches` wants a tokenizer: gives texts numbers, and keeps them until their batch is there."""
 
-    texts: list[str]
+    def __init__(self) -> None:
+        self._texts: dict[int, str] = {}
+        self._numbers = itertools.count()
 
     def __call__(self, texts: list[str]) -> Tensor:
-        self.texts = texts
-        return torch.empty(len(texts), 0, dtype=torch.int64)
+        numbers = list(itertools.islice(self._numbers, len(texts)))
+        self._texts.update(zip(numbers, texts, strict=True))
+        return torch.tensor(numbers)[:, None]
+
+    def of(self, batch: Batch) -> list[str]:
+        """The texts of the batch's rows, which are given once."""
+        return [self._texts.pop(number) for number in batch.text[:, 0].tolist()]
 
 
 def _read(data: BenchmarkData, batch_size: int, watch: Watch, workers: int) -> Iterator[tuple[Tensor, list[str]]]:
     """(images [B, 3, H, W], B texts) of the tars, in their order."""
-    words = _Words()  # tars are put together batch by batch, so that the texts are those of the batch that is here
+    words = _Words()
     for batch in watch(batches(data.pairs, words, batch_size, **ORDER, workers=workers)):
-        yield batch.image, words.texts
+        yield batch.image, words.of(batch)
 
 
 def _label(text: str) -> int:
