@@ -89,7 +89,7 @@ def test_what_fits_whole_needs_no_micro_batches(tiny, small):
     assert made.command.endswith(f"vlmfast train --model {tiny} --batch-size 1024 --precision amp_bf16")
 
 
-@pytest.mark.parametrize("memory", [15, 50])
+@pytest.mark.parametrize("memory", [9, 40])
 def test_the_largest_micro_batch_that_fits_is_chosen(tiny, small, memory):
     made = plan.make(flags(tiny, memory=f"{memory}MB"))
     assert made.total_bytes <= made.memory_bytes == memory * MB
@@ -97,10 +97,8 @@ def test_the_largest_micro_batch_that_fits_is_chosen(tiny, small, memory):
     assert f"--micro-batch-size {made.micro_batch_size}" in made.command
     assert ("--grad-checkpointing" in made.command) == made.grad_checkpointing
     towers = towers_of(TINY, precision="amp_bf16", tokens=T)
-    twice = towers.held(2 * made.micro_batch_size, made.grad_checkpointing).kept
-    kept_tiles = made.max_workspace - plan.MAX_WORKSPACE
-    now = next(part.bytes for part in made.parts if part.name == "activations")
-    assert made.total_bytes - kept_tiles + twice - now > made.memory_bytes
+    now, twice = (towers.held(n * made.micro_batch_size, made.grad_checkpointing).peak for n in (1, 2))
+    assert made.total_bytes - (made.max_workspace - plan.MAX_WORKSPACE) + twice - now > made.memory_bytes
 
 
 def test_parts_are_what_they_say(tiny, small):
@@ -133,7 +131,7 @@ def test_ranks_share(tiny, small):
 
 
 def test_spare_memory_keeps_tiles_of_the_softmax_loss_alone(tiny, small):
-    assert plan.make(flags(tiny, memory="15MB")).max_workspace == 2**16 + 2**20
+    assert plan.make(flags(tiny, memory="14MB")).max_workspace == 2**16 + 2**20
     made = plan.make(flags(tiny, memory="500MB"))
     assert made.max_workspace == 2**16 + 2 * 1024**2
     assert made.command.startswith(f"VLMFAST_MAX_WORKSPACE={made.max_workspace} ")
