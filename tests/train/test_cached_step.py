@@ -4,6 +4,7 @@ import copy
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from vlmfast.errors import ShapeError
 from vlmfast.ops.sigmoid_loss import siglip_loss
 from vlmfast.ops.softmax_loss import clip_loss, info_nce_loss
+from vlmfast.recipes.objective import contrastive
 from vlmfast.train import NonFiniteError, SplitLoss, adamw, cached_step, plain_step
 
 B = 11
@@ -324,3 +326,107 @@ def test_refusals():
         step(lambda model, batch: {"twice": batch.image.repeat(2, 1)})
     with pytest.raises(ValueError, match="scalar 'logit_scale' differs between micro-batches"):
         step(lambda model, b: {**model(b.image, b.text), "logit_scale": 0.01 * b.image.square().mean()})
+
+
+W = 2
+OBJECTIVES = {
+    "softmax": {},
+    "sigmoid": {"siglip": True},
+    "out": {"positives": "out"},
+    "in": {"positives": "in"},
+    "soft": {"positives": "soft"},
+}
+
+
+def of_rank(rank, batch, size):
+    return Pairs(*(x[rank * size : (rank + 1) * size] for x in (batch.image, batch.text, batch.ids)))
+
+
+def on_a_rank(rank, folder):
+    """What each of W processes runs; its findings lie in a file of the folder."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=W)
+    batch, found, group = of_rank(rank, pairs(), 5), {}, dist.group.WORLD
+    for name, flags in OBJECTIVES.items():
+        loss_fn = contrastive(**flags, rank=rank, world_size=W, group=group)
+        for size in (2, 5):
+            model = towers("sigmoid" if name == "sigmoid" else "softmax")
+            shared, rounds = DistributedDataParallel(model), []
+
+            def count(state, bucket, rounds=rounds):
+                rounds.append(bucket.is_last())
+                flat = bucket.buffer().div_(W)
+                return dist.all_reduce(flat, async_op=True).get_future().then(lambda done: done.value()[0])
+
+            shared.register_comm_hook(None, count)
+            options = {"step": 1, "group": group}
+            metrics = cached_step(shared, loss_fn, batch, still(model), 0.0, micro_batch_size=size, **options)
+            found[name, size] = {"gradients": gradients(model), "metrics": metrics, "rounds": rounds}
+
+    model, loss_fn = towers(shape=(1,)), contrastive(rank=rank, world_size=W, group=group)
+    mesh = init_device_mesh("cpu", (W,))
+    for part in (model.image, model.text, model):
+        fully_shard(part, mesh=mesh)
+    optimizer = adamw(model)
+    for step in range(3):
+        options = {"step": step + 1, "grad_clip_norm": 0.05, "group": group}
+        batch = of_rank(rank, pairs(seed=step), 5)
+        metrics = cached_step(model, loss_fn, batch, optimizer, 1e-2, micro_batch_size=2, **options)
+    weights = {name: p.full_tensor() for name, p in model.named_parameters()}
+    found["fsdp"] = {"weights": weights, "metrics": metrics}
+
+    if rank == 1:
+        batch.image[0] = math.nan
+    alone = SplitLoss(lambda model, b: model(b.image, b.text), softmax)
+    refused = []
+    for take in (plain_step, partial(cached_step, micro_batch_size=2)):
+        try:
+            take(towers(), alone, batch, still(model), 0.0, step=4, group=group)
+        except NonFiniteError as error:
+            refused.append(str(error))
+    found["refused"] = refused
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(on_a_rank, (str(folder),), nprocs=W)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(W)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("size", [2, 5])
+def test_two_ranks_have_one_processes_gradients_after_one_round(ranks, name, size):
+    model, batch = towers("sigmoid" if name == "sigmoid" else "softmax"), of_rank(0, pairs(), 10)
+    expected = plain_step(model, contrastive(**OBJECTIVES[name]), batch, still(model), 0.0, step=1)
+    for found in ranks:
+        close(found[name, size]["gradients"], gradients(model), torch.finfo(torch.float64).eps, sums=B)
+        assert found[name, size]["metrics"] == pytest.approx(expected, rel=1e-6)
+        assert found[name, size]["rounds"] == [True]
+
+
+@pytest.mark.slow
+def test_fsdp_takes_the_same_steps(ranks):
+    model = towers(shape=(1,))
+    optimizer = adamw(model)
+    for step in range(3):
+        batch, options = of_rank(0, pairs(seed=step), 10), {"step": step + 1, "grad_clip_norm": 0.05}
+        expected = plain_step(model, contrastive(), batch, optimizer, 1e-2, **options)
+    for found in ranks:
+        assert found["fsdp"]["metrics"] == pytest.approx(expected, rel=1e-6)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(found["fsdp"]["weights"][name], parameter.detach(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_what_is_not_finite_on_one_rank_stops_all(ranks):
+    assert [len(found["refused"]) for found in ranks] == [2, 2]
+    assert all("step 4: contrastive_loss is nan" in each for found in ranks for each in found["refused"])
