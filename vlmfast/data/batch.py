@@ -288,6 +288,12 @@ def _map_reader(dataset: Any, plan: _Plan) -> Reader:
     def order(epoch: int) -> np.ndarray:
         return permutation(n, seed, epoch) if plan.shuffle else np.arange(n)
 
+    def others(step: int, index: int) -> list[int]:
+        """Places to look for a sample in, instead of an unreadable one; no two ranks look in the same."""
+        share = -(-(n - rank) // world_size)  # places rank, rank + world_size, ...
+        drawn = random_bits(seed, step, index, np.arange(REDRAWS)) % np.uint64(share)
+        return (drawn.astype(np.int64) * world_size + rank).tolist()
+
     def batch_at(step: int) -> tuple[int, Batch | None]:
         epoch, place = divmod(step, per_epoch)
         of_all_ranks = order(epoch)[place * together : (place + 1) * together]
@@ -298,9 +304,7 @@ def _map_reader(dataset: Any, plan: _Plan) -> Reader:
             bad = [index for index, sample in rows.items() if sample is None]
             taken = set(of_all_ranks.tolist()) if bad else set()
             for index in bad:
-                # Each rank looks among its own share of the places, so that no two ranks take one sample.
-                places = random_bits(seed, step, index, np.arange(REDRAWS)) % np.uint64(-(-(n - rank) // world_size))
-                for other in (places.astype(np.int64) * world_size + rank).tolist():
+                for other in others(step, index):
                     if other not in taken and (sample := draw(other, seed, epoch)) is not None:
                         rows[other] = sample
                         taken.add(other)
