@@ -280,6 +280,21 @@ def test_the_order_of_images_is_theirs(backend):
     assert torch.equal(call(pixels[order]), call(pixels)[order])
 
 
+def test_gradients_of_two_calls_add_up(backend):
+    """No gradient lies in another's memory, where adding to one, or clipping it, would change both."""
+    leaves = [leaf.requires_grad_() for leaf in parameters(20, (14, 14), 7)]
+    weight, bias, class_token, positions = leaves
+    for _ in range(2):
+        tokens = patch_embed(images(2, 28, 42), weight, bias, class_token=class_token, positions=positions)
+        tokens.square().sum().backward()
+    once = torch.autograd.grad(
+        patch_embed(images(2, 28, 42), weight, bias, class_token=class_token, positions=positions).square().sum(),
+        leaves,
+    )
+    for leaf, gradient in zip(leaves, once, strict=True):
+        assert leaf.grad.equal(2 * gradient)
+
+
 def test_normalised_floats_give_what_bytes_give(backend):
     pixels = images(2, 32, 48)
     weight, bias, _, _ = parameters(64, (16, 16), 1)

@@ -287,7 +287,8 @@ def _backward(ctx, grad):
     if any(need_additions):
         dpositions = grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))  # [L, D]
         lead = ctx.dtypes[1] is not None
-        sums = (lambda: dpositions[int(lead) :].sum(0), lambda: dpositions[0], lambda: dpositions)
+        # No two gradients in one memory: who adds to one, or scales it, would change the other.
+        sums = (lambda: dpositions[int(lead) :].sum(0), lambda: dpositions[0].clone(), lambda: dpositions)
         additions = [
             value().to(dtype) if need else None
             for value, dtype, need in zip(sums, ctx.dtypes, need_additions, strict=True)
