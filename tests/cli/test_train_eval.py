@@ -46,7 +46,17 @@ def test_train_resume_eval(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [["--siglip"], ["--positives", "in"], ["--positives", "pair"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--siglip"],
+        ["--positives", "in"],
+        ["--positives", "pair"],
+        ["--torchcompile", "--torchcompile-backend", "eager"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torch.compile imports
 def test_every_loss_trains(tmp_path, flags):
     assert training(tmp_path, "--steps", "3", *flags) == 0
     assert all(value > 0 for value in losses(tmp_path).values())
@@ -76,6 +86,22 @@ def test_exported_scenes_train_as_csv_and_as_tars(tmp_path, capsys, small_model)
 
 
 @pytest.mark.slow
+def test_pieces_of_a_step_give_its_losses(tmp_path):
+    for name, flags in {
+        "whole": ["--batch-size", "32"],
+        "accum": ["--batch-size", "8", "--accum-freq", "4"],
+        "micro": ["--batch-size", "32", "--micro-batch-size", "12", "--grad-checkpointing", "--ema", "0.9"],
+    }.items():
+        assert training(tmp_path, "--steps", "3", *flags, "--name", name) == 0
+    whole = list(losses(tmp_path, "whole").values())
+    for name in ("accum", "micro"):
+        assert list(losses(tmp_path, name).values()) == pytest.approx(whole, rel=1e-5)
+        assert len(set(whole)) == 3
+    folder = tmp_path / "micro/checkpoints/step_000003"
+    assert (folder / "ema.safetensors").stat().st_size == (folder / "model.safetensors").stat().st_size
+
+
+@pytest.mark.slow
 def test_scenes_train(tmp_path, small_model):
     scenes = ["--dataset-type", "scenes", "--train-data", "L0", "--train-num-samples", "64", "--val-num-samples", "16"]
     assert training(tmp_path, *scenes, "--model", small_model, "--steps", "3", "--json") == 0
@@ -94,8 +120,14 @@ def small_model(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train", "--batch-size", "0"], "--batch-size, --epochs and --steps must be at least 1"),
-        (["train", "--batch-size", "2000"], "2000 is more than the 1168 training samples"),
+        (["train", "--batch-size", "0"], "--batch-size, --accum-freq, --epochs and --steps must be at least 1"),
+        (
+            ["train", "--batch-size", "2000"],
+            "--batch-size 2000: a step of 2000 pairs is more than the 1168 training samples",
+        ),
+        (["train", "--accum-freq", "2", "--micro-batch-size", "8"], "give one of them"),
+        (["train", "--fsdp"], "FSDP needs ranks to share the model among; start the ranks with: torchrun"),
+        (["train", "--fsdp-checkpoint", "sharded"], "--fsdp-checkpoint sharded needs --fsdp"),
         (["train", "--warmup", "900"], "--warmup 900 must be less than the run's 288 steps"),
         (["train", "--model", "digit"], "nearest: digits"),
         (["train", "--model", "ViT-B-32"], "the digits are 8 x 8 pixels and the model takes 224"),

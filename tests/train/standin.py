@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from vlmfast.train import adamw, fit, warmup_cosine
 
+CLOCK = {"samples_per_second", "samples_per_second_per_gpu", "data_time", "batch_time"}
+
 
 @dataclass
 class Pairs:
@@ -70,7 +72,7 @@ def lines(out):
     """The lines of metrics.jsonl without what the clock says."""
     from vlmfast.train import read_metrics
 
-    clock = {"train/samples_per_second", "train/data_time", "train/batch_time"}
+    clock = {f"train/{name}" for name in CLOCK}
     return [
         {key: value for key, value in line.items() if key not in clock} for line in read_metrics(out / "metrics.jsonl")
     ]

@@ -6,42 +6,50 @@ A run's folder, logs/NAME:
     tokenizer.json           trained on the captions, or the one that --tokenizer names
     metrics.jsonl            one line every --log-every-n-steps, keys as open_clip's
     checkpoints/             see vlmfast/train/checkpoint.py
+
+Under torchrun every rank runs this file; rank 0 alone prints and writes.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import nn
 
-from vlmfast.data.batch import Batch, batches, steps_per_epoch
+from vlmfast.data.batch import Batches, batches, steps_per_epoch
 from vlmfast.data.tokenize import Tokenizer, load_tokenizer, train_tokenizer
 from vlmfast.errors import DataError
 from vlmfast.models import Clip, ClipConfig, build_clip, load_config
-from vlmfast.ops.sigmoid_loss import siglip_loss
-from vlmfast.ops.softmax_loss import clip_loss, info_nce_loss
 from vlmfast.recipes.eval import evaluators
+from vlmfast.recipes.objective import contrastive
 from vlmfast.recipes.pretrained import MODEL_FILE, TOKENIZER_FILE
-from vlmfast.recipes.sources import DataFlags, captions, image_side, open_pairs, pick_device, tell_skipped
-from vlmfast.train import adamw, fit, warmup_constant, warmup_cosine
+from vlmfast.recipes.sources import (
+    TrainDataFlags,
+    captions,
+    image_side,
+    open_pairs,
+    pick_device,
+    tell_skipped,
+    train_samples,
+)
+from vlmfast.train import SplitLoss, adamw, fit, warmup_constant, warmup_cosine
 from vlmfast.train.checkpoint import replace_text
 from vlmfast.train.loop import Evaluator
 from vlmfast.train.schedule import Schedule
-from vlmfast.train.step import LossFn
+from vlmfast.train.world import World, blocks, replicate, shard, start
 
 FLAGS_FILE = "flags.json"
 SIGLIP_SCALE, SIGLIP_BIAS = math.log(10), -10.0  # Zhai et al. 2023, where the sigmoid loss starts
 
 
 @dataclass(kw_only=True)
-class Config(DataFlags):
+class Config(TrainDataFlags):
     """Trains a CLIP and leaves weights, tokenizer and metrics in logs/NAME.
 
     For example:
@@ -50,6 +58,7 @@ class Config(DataFlags):
         vlmfast train --dataset-type csv --train-data pairs.tsv --val-data held_out.tsv --model CLIP-tiny --epochs 10
         vlmfast train --dataset-type scenes --train-data L0 --name scenes --epochs 2
         vlmfast train --dataset-type webdataset --train-data 'cc3m/{00000..00331}.tar' --train-num-samples 2900000
+        torchrun --nproc-per-node 8 -m -- vlmfast.cli train --name big --batch-size 1024 --accum-freq 8
 
     The flags have open_clip's names, where it has them, and their meaning; the defaults fit one small machine.
     """
@@ -67,7 +76,12 @@ class Config(DataFlags):
     tokenizer: str = ""
     """A tokenizer.json, or OpenAI's bpe_simple_vocab_16e6.txt.gz. Default: train one on the captions."""
     batch_size: int = 128
-    """Pairs a step."""
+    """Pairs a step, of each rank."""
+    accum_freq: int = 1
+    """A step has so many times --batch-size pairs, compared all with all, in pieces of --batch-size: its gradients are
+    those of the large batch, its memory that of a piece."""
+    micro_batch_size: int | None = None
+    """The same from the other side: take the --batch-size pairs of a step in pieces of this size."""
     epochs: int = 32
     """Passes over the data."""
     steps: int | None = None
@@ -90,8 +104,27 @@ class Config(DataFlags):
     """amp_bf16: bfloat16 autocast."""
     grad_clip_norm: float | None = None
     """Longest gradient, all parameters together."""
+    grad_checkpointing: bool = False
+    """Keep the blocks' inputs alone for the backward, and run each block twice."""
+    torchcompile: bool = False
+    """Compile the model; with --fsdp each block."""
+    torchcompile_backend: str = "inductor"
+    """What compiles it, as torch.compile takes it."""
+    ema: float | None = None
+    """Decay of a mean of the weights, such as 0.9999, which checkpoints hold beside them (ema.safetensors)."""
+    fsdp: bool = False
+    """Several ranks: share parameters and optimizer out among them (FSDP2), instead of a copy on each (DDP)."""
+    fsdp_checkpoint: Literal["full", "sharded"] = "full"
+    """sharded: each rank writes its parts; either can be resumed by any of DDP, FSDP and one process."""
+    local_loss: bool = False
+    """Several ranks: as open_clip's. Without this flag and the next, gradients are those of one process with all
+    pairs, as they are with both; open_clip's without both are too small. This one alone gives another objective."""
+    gather_with_grad: bool = False
+    """Several ranks: as open_clip's; alone it computes the same gradients and the loss of all pairs on each rank."""
     siglip: bool = False
     """SigLIP's pairwise sigmoid loss instead of CLIP's softmax."""
+    loss_dist_impl: Literal["bidir", "shift", "reduce", "gather"] | None = None
+    """SigLIP on several ranks: how texts travel; all ways have the same gradients."""
     positives: Literal["out", "in", "soft", "pair"] = "out"
     """Softmax: how samples of one id (a digit's class, an image's captions) count for each other. out and soft: by the
     mean of their log-probabilities; in: by the log of their summed probability; pair: not at all, as in CLIP."""
@@ -107,6 +140,9 @@ class Config(DataFlags):
     """The run's folder in --logs. Default: the time and the model."""
     resume: str | None = None
     """latest, or a checkpoint's path: go on from there, to the same bits as a run that never stopped."""
+    elastic: bool = False
+    """Resume from a checkpoint of another number of ranks, too: the pairs of a step must be as many, but they may be
+    others than they would have been, and a stream of tars begins anew."""
     save_frequency: float = 1.0
     """Epochs between two checkpoints; 0 for the last step only, as for the next."""
     val_frequency: float = 1.0
@@ -136,8 +172,12 @@ def run(config: Config) -> None:
         config: the flags.
     Raises:
         DataError: as `train` says.
+        BackendError: as `vlmfast.train.world.start` says.
     """
-    done = train(config)
+    with start(config.device) as world:
+        done = train(config, world)
+        if not world.main:
+            return
     if config.json:
         print(json.dumps({"folder": str(done.folder), **done.last}))
         return
@@ -146,35 +186,42 @@ def run(config: Config) -> None:
     print(f"{done.folder}: evaluate it with vlmfast eval --pretrained {done.folder}")
 
 
-def train(config: Config) -> Run:
+def train(config: Config, world: World | None = None) -> Run:
     """The run that the flags describe, finished.
 
     Args:
         config: the flags.
+        world: the ranks that train together, each of which calls this; None for this process alone.
     Raises:
         DataError: data, model, tokenizer or checkpoint are missing, not whole, or do not fit each other.
+        BackendError: --fsdp without torchrun.
     """
-    if config.batch_size < 1 or (config.epochs if config.steps is None else config.steps) < 1:
-        raise DataError("--batch-size, --epochs and --steps must be at least 1")
-    folder = _folder(config)
+    world = world or World(device=pick_device(config.device))
+    step_size, micro_batch_size = _sizes(config)
+    folder = world.first(lambda: _folder(config))
     architecture = load_config(_model_name(config))
     image_size = image_side(architecture)
     dataset = open_pairs(config, config.train_data, "train", image_size, config.train_num_samples)
-    tokenizer = _tokenizer(config, architecture, folder, dataset)
+    tokenizer = world.first(lambda: _tokenizer(config, architecture, folder, dataset))
     architecture = _fitted(config, architecture, tokenizer)
-    model = build_clip(architecture, seed=config.seed).to(pick_device(config.device))
-    samples = _samples(config, dataset)
-    per_epoch = steps_per_epoch(samples, config.batch_size)
+    samples, all_ranks = train_samples(dataset, config.train_num_samples), step_size * world.world_size
+    per_epoch = steps_per_epoch(samples, all_ranks)
     if per_epoch == 0:
-        raise DataError(f"--batch-size {config.batch_size} is more than the {samples} training samples")
+        raise DataError(
+            f"--batch-size {config.batch_size}: a step of {all_ranks} pairs is more than the {samples} training samples"
+        )
     steps = config.steps or config.epochs * per_epoch
     schedule = _schedule(config, steps)
     held_out = _evaluators(config, tokenizer, image_size)
-    _write(folder, config, architecture, tokenizer)
+    stream = partial(_stream, config, dataset, tokenizer, step_size, world)
+    stream(0)  # what is wrong with the data is said before anything is written
+    clip, model = _model(config, architecture, world)
+    if world.main:
+        _write(folder, config, architecture, tokenizer)
     last = fit(
         model,
-        contrastive(config),
-        partial(_stream, config, dataset, tokenizer),
+        _objective(config, world),
+        stream,
         adamw(model, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.wd),
         schedule,
         steps=steps,
@@ -186,46 +233,64 @@ def train(config: Config) -> Run:
         resume=config.resume,
         precision=config.precision,
         grad_clip_norm=config.grad_clip_norm,
+        micro_batch_size=micro_batch_size,
+        ema=config.ema,
         seed=config.seed,
         run={
             "model": architecture.to_dict(),
             "loss": "siglip" if config.siglip else config.positives,
-            "batch_size": config.batch_size,
+            "batch_size": all_ranks,
             "data": [config.dataset_type, config.train_data],
         },
+        world=world,
+        sharded_checkpoints=config.fsdp_checkpoint == "sharded",
+        elastic=config.elastic,
         tensorboard=config.report_to == "tensorboard",
     )
-    tell_skipped(dataset)
-    return Run(folder, model, tokenizer, last)
+    tell_skipped(dataset, world.words)
+    return Run(folder, clip, tokenizer, last)
 
 
-def contrastive(config: Config) -> LossFn:
-    """The loss that the flags name, of a model and a batch.
+def _sizes(config: Config) -> tuple[int, int | None]:
+    """Pairs of a rank's step, and of its pieces if it is taken in pieces."""
+    numbers = (config.batch_size, config.accum_freq, config.epochs if config.steps is None else config.steps)
+    if min(numbers) < 1:
+        raise DataError("--batch-size, --accum-freq, --epochs and --steps must be at least 1")
+    if config.accum_freq > 1 and config.micro_batch_size is not None:
+        raise DataError(
+            "--accum-freq and --micro-batch-size say the same from two sides; give one of them: a step has "
+            "--accum-freq times --batch-size pairs, or --batch-size in pieces of --micro-batch-size"
+        )
+    if config.fsdp_checkpoint == "sharded" and not config.fsdp:
+        raise DataError("--fsdp-checkpoint sharded needs --fsdp: without it each rank holds the whole model")
+    if config.accum_freq > 1:
+        return config.accum_freq * config.batch_size, config.batch_size
+    return config.batch_size, config.micro_batch_size
 
-    Args:
-        config: `siglip` and `positives`.
-    Returns: (model, batch) -> {"contrastive_loss": []}.
-    """
 
-    def loss(model: Any, batch: Batch) -> dict[str, Tensor]:
-        image, text, scale = model.encode_image(batch.image), model.encode_text(batch.text), model.logit_scale.exp()
-        if config.siglip:
-            value = siglip_loss(image, text, scale, model.logit_bias)
-        elif config.positives == "pair":
-            value = clip_loss(image, text, scale)
-        else:
-            value = info_nce_loss(
-                image,
-                text,
-                scale,
-                query_ids=batch.ids,
-                key_ids=batch.ids,
-                positives=config.positives,
-                directions="both",
-            )
-        return {"contrastive_loss": value}
+def _model(config: Config, architecture: ClipConfig, world: World) -> tuple[Clip, nn.Module]:
+    """The model at its start, and the same shared out among the ranks."""
+    clip = build_clip(architecture, seed=config.seed).to(world.device)
+    clip.set_grad_checkpointing(config.grad_checkpointing)
+    if config.torchcompile:
+        for part in blocks(clip) if config.fsdp else [clip]:
+            part.compile(backend=config.torchcompile_backend)
+    return clip, (shard if config.fsdp else replicate)(clip, world)
 
-    return loss
+
+def _objective(config: Config, world: World) -> SplitLoss:
+    """The loss that the flags name; the exact one, unless they say more."""
+    exact = not (config.local_loss or config.gather_with_grad)
+    return contrastive(
+        siglip=config.siglip,
+        positives=config.positives,
+        local_loss=config.local_loss or exact,
+        gather_with_grad=config.gather_with_grad or exact,
+        loss_dist_impl=config.loss_dist_impl,
+        rank=world.rank,
+        world_size=world.world_size,
+        group=world.group,
+    )
 
 
 def _folder(config: Config) -> Path:
@@ -260,17 +325,18 @@ def _fitted(config: Config, architecture: ClipConfig, tokenizer: Tokenizer) -> C
     return architecture
 
 
-def _samples(config: Config, dataset: Any) -> int:
-    if not hasattr(dataset, "records"):
-        return len(dataset)
-    if config.train_num_samples is None:
-        raise DataError("--dataset-type webdataset needs --train-num-samples: only a whole reading would count them")
-    return config.train_num_samples
-
-
-def _stream(config: Config, dataset: Any, tokenizer: Tokenizer, start_step: int) -> Iterator[Batch]:
+def _stream(
+    config: Config, dataset: Any, tokenizer: Tokenizer, step_size: int, world: World, start_step: int
+) -> Batches:
     return batches(
-        dataset, tokenizer, config.batch_size, seed=config.seed, start_step=start_step, workers=config.workers
+        dataset,
+        tokenizer,
+        step_size,
+        seed=config.seed,
+        start_step=start_step,
+        workers=config.workers,
+        rank=world.rank,
+        world_size=world.world_size,
     )
 
 

@@ -20,6 +20,7 @@ class MetricsLog:
         out: the run's folder.
         keep_to: lines of later steps are cut off, so that a run that goes on from step `keep_to` doubles none.
         tensorboard: also write event files to out/tensorboard.
+        silent: write nothing: for a rank that is not the first.
 
     Attributes:
         last: the last value of every key, "step" included, also from the lines that were kept.
@@ -29,16 +30,19 @@ class MetricsLog:
         MissingExtraError: tensorboard is asked for and not installed.
     """
 
-    def __init__(self, out: Path, keep_to: int = 0, *, tensorboard: bool = False):
+    def __init__(self, out: Path, keep_to: int = 0, *, tensorboard: bool = False, silent: bool = False):
         self.last: dict[str, float] = {}
-        self._board: Any = _event_writer(out / "tensorboard", keep_to + 1) if tensorboard else None
+        self._board: Any = _event_writer(out / "tensorboard", keep_to + 1) if tensorboard and not silent else None
         path = out / FILE
         if path.exists():
             kept = [record for record in read_metrics(path) if record["step"] <= keep_to]
             for record in kept:
                 self.last.update(record)
-            replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = path.open("a", encoding="utf-8", buffering=1)  # a line reaches the system as one write
+            if not silent:
+                replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = (Path(os.devnull) if silent else path).open(
+            "a", encoding="utf-8", buffering=1
+        )  # a line reaches the system as one write
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append a line."""

@@ -25,19 +25,25 @@ class Progress(Protocol):
 
 
 @contextmanager
-def show_progress(total: int, done: int = 0, stream: TextIO | None = None) -> Iterator[Progress]:
+def show_progress(
+    total: int, done: int = 0, stream: TextIO | None = None, *, silent: bool = False
+) -> Iterator[Progress]:
     """A Progress for the length of the block.
 
     Args:
         total: steps of the whole run.
         done: steps already taken before.
         stream: where to write; default: standard error.
+        silent: write nothing: for a rank that is not the first.
 
     Yields:
         A bar with samples/s and the time that is left if the stream is a terminal and rich is installed, else plain
         lines with the same numbers.
     """
     stream = stream or sys.stderr
+    if silent:
+        yield _Silence()
+        return
     columns = _columns() if stream.isatty() else None
     if columns is None:
         yield _Lines(total, done, stream)
@@ -47,6 +53,14 @@ def show_progress(total: int, done: int = 0, stream: TextIO | None = None) -> It
 
     with rich.progress.Progress(*columns, console=rich.console.Console(file=stream)) as bar:
         yield _Bar(bar, bar.add_task("train", total=total, completed=done, rate="", loss=""))
+
+
+class _Silence:
+    def update(self, done: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
 
 
 class _Bar:
