@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 NATIVE := CMakeLists.txt setup.py $(shell find csrc -type f)
 
-.PHONY: demo test test-noext test-interpret compile-gates setup bench gpu-check fmt lint type nm asan clean
+.PHONY: demo test test-noext test-open-clip test-interpret compile-gates setup bench gpu-check fmt lint type nm asan clean
 
 demo: $(VENV)/.native ## train CLIP on real digits through the fused loss, and measure what it saves
 	$(BIN)/vlmfast demo --out demo
@@ -57,6 +57,18 @@ $(VENV)/.triton: $(VENV)/.pinned
 
 test-interpret: $(VENV)/.native $(VENV)/.triton ## the values and gradients of the Triton kernels, without a GPU
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 VLMFAST_REQUIRE=triton $(BIN)/python -m pytest -n 2 tests/ops tests/bench/test_tune.py -k triton
+
+# torchvision, which open_clip imports, does not load beside the CPU's torch and breaks transformers: it stays out of .venv
+# itself. --no-deps: all else that open_clip needs is there.
+$(VENV)/.open_clip: $(VENV)/.pinned
+	rm -rf $(VENV)/open_clip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/open_clip \
+		open_clip_torch==3.3.0 timm==1.0.31 torchvision==0.28.0 webdataset==0.2.86
+	touch $@
+
+test-open-clip: $(VENV)/.native $(VENV)/.open_clip ## open_clip's own training loop, losses, models and data beside ours
+	VLMFAST_REQUIRE=cpu,open_clip PYTHONPATH=$(VENV)/open_clip OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 \
+		-k open_clip tests/integrations/test_open_clip_training.py tests/losses tests/models tests/bench tests/data
 
 compile-gates: $(VENV)/.triton ## the Triton kernels compile for each kind of GPU, spill nothing, use the matrix unit
 	$(BIN)/python benchmarks/compile_gates.py
