@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.data.mixture import Mixture
-from vlmfast.data.order import permutation, random_bits, random_int  # noqa: F401
+from vlmfast.data.order import permutation, random_bits
 from vlmfast.data.skips import Skipped
 from vlmfast.data.stream import Record, Shards, Stream, nothing_readable, patience
 from vlmfast.errors import DataError, ShapeError
