@@ -137,11 +137,11 @@ def cost(job: Job, transport: str, bandwidth: float, latency: float) -> Clock:
 
 def held(job: Job, transport: str) -> int:
     """Most bytes that a rank holds for the transport, beside its own rows and its results."""
+    joined = min(job.W - 1, max(1, distributed.JOIN // job.M))  # blocks that are computed together, once copied for it
+    copied = joined if joined > 1 else 0
     if transport == "gather":  # rows, what is computed of them, and what comes home
-        return job.W * (job.rows + 2 * (job.sums if job.loss == "sigmoid" else job.rows))
-    joined = min(job.W - 1, max(1, distributed.JOIN // job.M))
-    # Blocks that are computed together, once more side by side, and the one that arrives; two sums on their way.
-    return (2 * joined + 1 if joined > 1 else 2) * job.rows + 2 * job.sums
+        return (job.W + copied) * job.rows + 2 * job.W * (job.sums if job.loss == "sigmoid" else job.rows)
+    return (joined + copied + 1) * job.rows + 2 * job.sums  # one more block arrives; two sums are on their way
 
 
 def on_paper(loss: str, W: int, N: int, D: int, flops: float) -> Job:
