@@ -14,6 +14,7 @@ All that travels, travels as bytes: every dtype, on every backend of torch.distr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
 from itertools import zip_longest
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
@@ -369,6 +370,22 @@ def transport(name: str, ranks: Ranks, sizes: list[int], row_bytes: int) -> Gath
     return Ring(ranks, sizes) if name == "ring" else Gather(ranks, sizes)
 
 
+def outside_compile(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`function`, which torch.compile leaves as it is: what is compiled stops before it and goes on behind it.
+
+    As torch.compiler.disable, which cannot be had without importing all of torch.compile.
+    """
+
+    @wraps(function)
+    def call(*args: Any, **options: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **options)
+        return function(*args, **options)
+
+    return call
+
+
+@outside_compile
 def gather_rows(
     x: Tensor,  # [M, D]
     group: dist.ProcessGroup | None = None,

@@ -150,7 +150,7 @@ def is_exact(world, loss, dense, sizes, factor=1.0, mean=True):
     for gradient, exact in zip(gradients[:2], whole[:2], strict=True):
         close(gradient, factor * world.size * exact[world.slice(sizes)])
     for gradient, exact in zip(gradients[2:], whole[2:], strict=True):
-        close(world.average(gradient), exact)
+        close(world.average(gradient) if mean else gradient, exact)
 
 
 # The tower's view: the table of docs/distributed.md.
@@ -328,23 +328,25 @@ def the_backends_agree(world):
 def short_floats(world):
     """Under autocast as without; float32 beside bfloat16; gradients in the inputs' dtypes."""
     distributed.JOIN = 1
-    inputs = features(B * world.size, torch.bfloat16)
-    for loss, dense in ((ClipLoss, dense_clip), (SigLipLoss, dense_siglip)):
-        options = {"local_loss": True, "gather_with_grad": True} if loss is ClipLoss else {}
+    inputs, rows = features(B * world.size, torch.bfloat16), world.slice(world.even())
+    image, text, *scalars = own(world, inputs, world.even())
+    wide = text.detach().float().requires_grad_()
+    for loss, dense in (
+        (ClipLoss(True, True, **world.place()), dense_clip),
+        (SigLipLoss(**world.place()), dense_siglip),
+    ):
         exact = value_and_gradients(dense, [v.detach().double().requires_grad_() for v in inputs])
-        leaves = own(world, inputs, world.even())
-        for text in (leaves[1], leaves[1].detach().float().requires_grad_()):
-            mixed = [leaves[0], text, *leaves[2:]]
-            with torch.autocast("cpu", torch.bfloat16):
-                ours = value_and_gradients(loss(**options, **world.place()), mixed)
-            assert ours[0].dtype == torch.float32
-            assert [g.dtype for g in ours[1:]] == [v.dtype for v in mixed]
-            close(world.average(ours[0]).double(), exact[0], rtol=1e-5, atol=1e-6)
-            rows = world.slice(world.even())
-            for gradient, truth in zip(ours[1:3], exact[1:3], strict=True):
-                truth = world.size * truth[rows]
-                # Each block's part is rounded to bfloat16 once, and so is the sum.
-                close(gradient.double(), truth, rtol=2**-7, atol=2**-7 * float(truth.abs().max()))
+        for leaves in ([image, text, *scalars], [image, wide, *scalars]):
+            for backend in ("reference", *(["cpu"] if _ext.C else [])):
+                with torch.autocast("cpu", torch.bfloat16), use_backend(backend):
+                    ours = value_and_gradients(loss, leaves)
+                assert ours[0].dtype == torch.float32
+                assert [g.dtype for g in ours[1:]] == [v.dtype for v in leaves]
+                close(world.average(ours[0]).double(), exact[0], rtol=1e-5, atol=1e-6)
+                for gradient, truth in zip(ours[1:3], exact[1:3], strict=True):
+                    truth = world.size * truth[rows]
+                    # Each block's part is rounded to bfloat16 once, and so is the sum.
+                    close(gradient.double(), truth, rtol=2**-7, atol=2**-7 * float(truth.abs().max()))
 
 
 def scalars_of_one_number(world):
@@ -504,6 +506,11 @@ def gathered_rows_have_their_gradient(world):
         weights = [torch.linspace(k, 1, every.numel(), dtype=torch.float64).view_as(every) for k in range(world.size)]
         (every * weights[world.rank]).sum().backward()
         close(leaf.grad, sum(weights)[world.slice(sizes)])
+    short = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.tensor([256.0 if k == world.rank else 1.0 for k in range(world.size)], dtype=torch.bfloat16)
+    (gather_rows(short, world.group)[:, 0] * (weight if world.rank == 0 else weight.fill_(1))).sum().backward()
+    if world.rank == 0:  # 256 + 1 + ...: in bfloat16 no 1 would change 256
+        assert short.grad.item() == torch.tensor(255.0 + world.size).bfloat16().item()
     for dtype in (torch.bfloat16, torch.float16, torch.int64):
         rows = torch.full((2, 3), world.rank, dtype=dtype)
         assert gather_rows(rows, world.group)[:, 0].tolist() == [k for k in range(world.size) for _ in range(2)]

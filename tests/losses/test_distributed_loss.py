@@ -1,7 +1,11 @@
 """The losses over ranks: on processes of their own, beside one process with the whole batch, in float64."""
 
 import json
-from importlib.util import find_spec
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -59,11 +63,23 @@ def test_which_flags_give_which_gradients(processes, W):
 
 
 @pytest.mark.slow
-def test_beside_open_clip_itself(tmp_path):
-    if find_spec("open_clip") is None:
-        pytest.skip("open_clip cannot be imported")
+def test_beside_open_clip_itself(open_clip, tmp_path):
     failures = ranks.run(tmp_path, ["beside_open_clip"])
     assert not failures, "\n\n".join(failures)
+
+
+@pytest.mark.slow
+def test_the_documents_example_says_the_same_on_two_ranks(tmp_path):
+    """DistributedDataParallel's own averaging; tests/test_docs.py runs it in one process."""
+    text = (Path(__file__).parents[2] / "docs/distributed.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    (expected,) = re.findall(r"^```text\n(.*?)^```", text, re.M | re.S)
+    (tmp_path / "train.py").write_text(program, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == expected
 
 
 class Held(TorchDispatchMode):

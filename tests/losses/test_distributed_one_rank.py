@@ -99,6 +99,14 @@ def test_a_module_alone_in_its_group_is_the_plain_loss(one_rank, monkeypatch):
     assert torch.equal(SigLipLoss(group=group)(image, text, scale, bias), expected)
 
 
+@pytest.mark.parametrize("loss", [clip_loss_over_ranks, siglip_loss_over_ranks, gather_rows])
+def test_torch_compile_leaves_it_as_it_is(one_rank, loss):
+    torch.compiler.reset()
+    inputs = leaves()[: {clip_loss_over_ranks: 3, siglip_loss_over_ranks: 4, gather_rows: 1}[loss]]
+    compiled = torch.compile(lambda *v: loss(*v), backend="aot_eager")
+    assert torch.equal(compiled(*inputs), loss(*inputs))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_backend_counts_rows_without_a_pair(backend, dtype):
     """What the losses over ranks ask of it: a block in which no row has its pair, and every row counts all the same."""

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vlmfast.backend import select
-from vlmfast.distributed import BothWays, Broadcast, Gather, Ranks, Ring, Transport, refuse_again
+from vlmfast.distributed import BothWays, Broadcast, Gather, Ranks, Ring, Transport, outside_compile, refuse_again
 from vlmfast.distributed import transport as chosen_transport
 from vlmfast.ops import _check, _limits
 from vlmfast.ops._unit import accumulator
@@ -22,6 +22,7 @@ from vlmfast.ops.softmax_loss import IMPLS as SOFTMAX
 SIGLIP_TRANSPORTS = {"bidir": BothWays, "shift": Ring, "reduce": Broadcast, "gather": Gather}
 
 
+@outside_compile
 def clip_loss_over_ranks(
     image: Tensor,  # [M, D]
     text: Tensor,  # [M, D]
@@ -83,6 +84,7 @@ def clip_loss_over_ranks(
     return _ClipOverRanks.apply(image, text, scale, plan)
 
 
+@outside_compile
 def siglip_loss_over_ranks(
     image: Tensor,  # [M, D]
     text: Tensor,  # [M, D]
