@@ -29,6 +29,9 @@ class DistillClipLoss(ClipLoss):
     where P @ y is made of some rows of P at a time. Both sums are bilinear in x and y: the forward leaves their
     gradients to the backward, four [B, D] in float32. Differentiable once.
 
+    Over several ranks the rows of all, of student and teacher, are gathered in float32 for the second sum, whatever the
+    transport of the first loss; value and gradients are open_clip's for each pair of flags, as ClipLoss's are.
+
     A subclass or patch that replaces `get_logits`, `get_ground_truth` or `dist_loss` is obeyed: its logits are computed
     as open_clip does, [B, B] and in the dtype that they come in.
 
