@@ -124,7 +124,7 @@ def test_ranks_of_a_resampled_set_may_be_more_than_its_tars(tmp_path):
 def test_fewer_shards_than_ranks_are_refused_at_once(tmp_path):
     dataset = WebdatasetPairs(shards(tmp_path, 2, 3))
     with pytest.raises(
-        DataError, match="2 shards cannot be dealt out to 3 ranks; split the data into 3 shards or more"
+        DataError, match="3 ranks need at least 3 shards, and the data set has 2; split it into more shards, or"
     ):
         batches(dataset, tokenizer, 2, seed=0, rank=0, world_size=3)
     with pytest.raises(ValueError, match="rank 2 of 2"):

@@ -90,8 +90,8 @@ class Stream:
         for source in sources:
             if source.shards < world_size and not source.resampled:
                 raise DataError(
-                    f"batches: {source.shards} shards cannot be dealt out to {world_size} ranks; split the data into "
-                    f"{world_size} shards or more, or use {source.shards} ranks or fewer"
+                    f"batches: {world_size} ranks need at least {world_size} shards, and the data set has "
+                    f"{source.shards}; split it into more shards, or use fewer ranks"
                 )
         self.shares = [weight / sum(weights) for weight in weights]
         self._taken = [0] * len(sources)
