@@ -24,7 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 # Of the time, when all parts run.
-SHARES = {"tests": 0.32, "loss": 0.30, "topk": 0.06, "attention": 0.10, "patch": 0.06, "model": 0.16}
+SHARES = {"tests": 0.29, "loss": 0.27, "topk": 0.06, "attention": 0.09, "patch": 0.05, "model": 0.13, "step": 0.11}
 GRACE_S = 40  # on top, for the call that is under way when the time is spent
 SHOWN = 25  # failures, with a line each
 SMALL = {"batch": 1024, "items": 128, "queries": 128, "dim": 8}  # on a processor sizes are divided by these
@@ -66,7 +66,7 @@ QUICK = {
     "topk": [SEARCHES[0] | {"items": 2**17}],
     "model": [STEPS[0] | {"batch": 256, "providers": "vlmfast,open_clip"}],
 }
-# Benchmarks of one op that are scripts of their own: what each is called with, and what else on a processor.
+# Benchmarks that are scripts of their own: what each is called with, and what else on a processor.
 SCRIPTS = {
     "attention": (
         ["benchmarks/ops/bench_attention.py", "--what", "dense,op", "--seconds", "0.5"],
@@ -75,6 +75,10 @@ SCRIPTS = {
     "patch": (
         ["benchmarks/ops/bench_patch_embedding.py", "--rounds", "5", "--seconds", "1"],
         ["--threads", "1", "--rounds", "1", "--seconds", "0"],
+    ),
+    "step": (
+        ["benchmarks/train/bench_cached_step.py", "--captions", "real", "--rounds", "3"],
+        ["--batch", "16", "--pieces", "4", "--large-batch", "32", "--micro-batch", "8"],
     ),
 }
 TESTS = [["tests/ops", "tests/losses", "-k", "triton or losses"], ["tests/ops", "-k", "not triton"]]

@@ -213,26 +213,26 @@ def measure(step: Step, names: list[str], rounds: int, gauge: meter.Meter) -> li
     calls["loss alone"] = partial(timed, gauge, loss_alone(step))
     samples = timing.interleave(calls, rounds)
     own = gauge.name == "cpu"
+    spreads = {name: [timing.spread([1e3 * each[i] for each in of]) for i in (0, 1)] for name, of in samples.items()}
+    ms = {name: each[int(own)].median for name, each in spreads.items()}
     rows: list[dict[str, Any]] = []
-    for name, pairs_of_seconds in samples.items():
-        wall, cpu = (timing.spread([1e3 * each[i] for each in pairs_of_seconds]) for i in (0, 1))
-        counted = cpu if own else wall
+    for name, (wall, cpu) in spreads.items():
         row = {
             "what": step.name(),
             "provider": name,
-            "rounds": len(pairs_of_seconds),
+            "batch": step.batch,
+            "rounds": len(samples[name]),
             "wall_ms": asdict(wall),
             "cpu_ms": asdict(cpu) if own else None,
-            "samples_per_s": 1e3 * step.batch / counted.median * (step.threads if own else 1),
+            "samples_per_s": 1e3 * step.batch / ms[name] * (step.threads if own else 1),
+            "full_ratio": ms[name] / ms["cached"] if "cached" in ms else None,
             "loss": losses.get(name),
             **peaks.get(name, {}),
         }
         rows.append(row)
-        by = {each["provider"]: each["samples_per_s"] for each in rows}
-        row["rate_over"] = {other: by[name] / by[other] for other in by if other != name}
         told = f"{row['extra_bytes'] / 2**20:9.0f} MiB" if "extra_bytes" in row else ""
-        ratios = "  ".join(f"x{ratio:.2f} {other}" for other, ratio in row["rate_over"].items())
-        print(f"{name:12} {counted.median:10.0f} ms {row['samples_per_s']:9.1f} samples/s {told}  {ratios}", flush=True)
+        times = f"{row['full_ratio']:7.3f} of cached" if row["full_ratio"] else ""
+        print(f"{name:12} {ms[name]:10.0f} ms {row['samples_per_s']:9.1f} samples/s {times} {told}", flush=True)
     return rows
 
 
@@ -246,13 +246,20 @@ def large(step: Step, gauge: meter.Meter) -> list[dict[str, Any]]:
         memory.keep_nothing()
         peak = memory.peak_of(lambda: seconds.append(gauge.timed(call)))
     seconds.append(gauge.timed(alone))
-    rows = [
-        {"what": step.name(), "provider": name, "wall_ms": 1e3 * each, "samples_per_s": step.batch / each}
+    rows: list[dict[str, Any]] = [
+        {
+            "what": step.name(),
+            "provider": name,
+            "batch": step.batch,
+            "wall_ms": 1e3 * each,
+            "samples_per_s": step.batch / each,
+            "full_ratio": each / seconds[0],
+        }
         for name, each in zip(("cached", "loss alone"), seconds, strict=True)
     ]
-    rows[0] |= asdict(peak) | {"loss_share": seconds[1] / seconds[0]}
+    rows[0] |= asdict(peak)
     print(
-        f"cached {seconds[0]:.1f} s, {step.batch / seconds[0]:.1f} samples/s, loss {rows[0]['loss_share']:.1%} of it, "
+        f"cached {seconds[0]:.1f} s, {step.batch / seconds[0]:.1f} samples/s, loss {rows[1]['full_ratio']:.1%} of it, "
         f"{peak.extra_bytes / 2**30:.2f} GiB, the process in all {peak.process_bytes / 2**30:.2f} GiB",
         flush=True,
     )

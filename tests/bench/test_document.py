@@ -242,9 +242,12 @@ def test_every_goal_is_measured_by_gpu_check():
         kernel = f"{job['model']}, training step, {job['caption_length']}"
         points.add((kernel, "bfloat16", load_config(job["model"]).embed_dim, job["batch"]))
     with quiet_compiler():
-        attention, patch = (runpy.run_path(str(ROOT / words[0])) for words, _ in check["SCRIPTS"].values())
+        attention, patch, step = (runpy.run_path(str(ROOT / words[0])) for words, _ in check["SCRIPTS"].values())
     points |= {("attention", "bfloat16", K, T) for T, K in attention["SHAPES"]}
     points |= {("patch_embed", "bfloat16", p, B) for p, B in patch["GPU_SIZES"]}
+    size = step["DEFAULTS"]["cuda"]
+    width = load_config(size["model"]).embed_dim
+    points |= {("cached step", "bfloat16", width, size[name]) for name in ("batch", "large_batch")}
     assert {point for goal in goals.GOALS for point in goal.points} <= points
 
 
@@ -263,6 +266,11 @@ def test_goals_of_scripts_and_training_steps(results):
     ]
     read = {"op": "patch_embed", "date": "2026-01-02", "measurements": patch}
     (folder / "patch.json").write_text(json.dumps(read))
+    cached = [
+        {"what": "ViT-B-32", "provider": name, "batch": batch, "full_ratio": ratio}
+        for name, batch, ratio in (("plain", 4096, 0.75), ("open_clip", 4096, 1.25), ("loss alone", 65536, 0.02))
+    ]
+    (folder / "step.json").write_text(json.dumps({"benchmark": "cached step", "date": "2026-01-02", "rows": cached}))
     for length in ("real", "77"):
         step = made((2048,), machine=GPU, device="cuda", dtype="bfloat16", caption_length=length, model="ViT-B-32")
         step.kernel = "ViT-B-32, training step"
@@ -272,6 +280,9 @@ def test_goals_of_scripts_and_training_steps(results):
     table = goals.table(folder)
     assert "| 2.5 / 2.5 / 2.5 / 2.5 / 2.5 / 2.5 ×, met |" in line(table, "attention, forward")
     assert "| 3.5 ×, **missed** |" in line(table, "patch_embed")
+    assert "| 0.75 ×, met |" in line(table, "cached step of ViT-B/32")
+    assert "| 1.25 ×, **missed** |" in line(table, "… against open_clip's accum-freq")
+    assert "| 0.02, met |" in line(table, "… the loss's part")
     assert "| unmeasured |" in line(table, "training step of ViT-B/32")
     assert "| 1.5 ×, met |" in line(table, "… against open_clip compiled")
     assert "| 1.5 ×, met |" in line(table, "… with real caption lengths")

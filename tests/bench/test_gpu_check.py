@@ -206,7 +206,7 @@ def test_all_parts_on_a_gpu(fake_cuda, in_this_process, tmp_path, monkeypatch, c
     assert required == ["cpu,triton"]
     files = sorted((tmp_path / "new").glob("*.json"))
     assert [path.name.split("-")[-1] for path in files] == ["loss.json", "model.json", "tests.json", "topk.json"]
-    assert scripts == ["attention", "patch"]
+    assert scripts == ["attention", "patch", "step"]
     for path in files:
         read = json.loads(path.read_text())
         assert read["machine"]["gpu"]["name"] == "GPU of the test"
@@ -233,7 +233,7 @@ def test_a_script_is_a_part(tmp_path, monkeypatch, capsys):
     assert "left out: attention: the process ended with status 3" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("part", ["attention", "patch"])
+@pytest.mark.parametrize("part", ["attention", "patch", "step"])
 def test_scripts_take_their_flags(part):
     words, on_cpu = gpu_check.SCRIPTS[part]
     known = (ROOT / words[0]).read_text()

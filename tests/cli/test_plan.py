@@ -123,7 +123,7 @@ def test_ranks_share(tiny, small):
     shared = {part.name: part.bytes for part in made.parts}
     assert shared["batch"] == alone["batch"] / 4
     assert shared["weights"] == alone["weights"]
-    assert made.command.startswith("torchrun --nproc-per-node 4 -m vlmfast.cli train ")
+    assert made.command.startswith("torchrun --nproc-per-node 4 -m -- vlmfast.cli train ")
     assert "--batch-size 256" in made.command
     sharded = plan.make(flags(tiny, world_size=4, fsdp=True))
     assert {part.name: part.bytes for part in sharded.parts}["optimizer"] == alone["optimizer"] // 4

@@ -95,6 +95,7 @@ SDPA = ("sdpa-flash", "sdpa-cudnn", "sdpa-efficient")
 PATCH = ("patch_embed", "bfloat16", 16, 1024)
 REAL, FULL = (f"ViT-B-32, training step, {captions}" for captions in ("real", "77"))
 STEP_REAL, STEP_FULL = (REAL, "bfloat16", 512, 2048), (FULL, "bfloat16", 512, 2048)
+CACHED, CACHED_LARGE = (("cached step", "bfloat16", 512, B) for B in (4096, LARGE))
 WIDTHS = "D = 512 / 768 / 1024"
 AT = f"{WIDTHS}, B = {LARGE}"
 GOALS = (
@@ -195,6 +196,17 @@ GOALS = (
         times("open_clip-compile"),
         "model",
     ),
+    Goal(
+        "cached step of ViT-B/32, B = 4096, against the plain step",
+        (CACHED,),
+        (0.7,),
+        True,
+        "×",
+        times("plain"),
+        "step",
+    ),
+    Goal("… against open_clip's accum-freq 16", (CACHED,), (1.3,), True, "×", times("open_clip"), "step"),
+    Goal(f"… the loss's part, B = {LARGE}", (CACHED_LARGE,), (0.03,), False, "", times("loss alone"), "step"),
     Goal(
         f"clip_loss, error of the loss, bfloat16, {WIDTHS}, B = {SMALL}",
         CLIP_SMALL,
@@ -301,12 +313,14 @@ def _rows(path: Path) -> Iterator[tuple[Point, Row]]:
 
 
 def _rows_of_script(read: dict) -> Iterator[tuple[Point, Row]]:
-    """Of benchmarks/ops/bench_attention.py and bench_patch_embedding.py on a GPU, which is in bfloat16."""
+    """Of bench_attention.py, bench_patch_embedding.py and bench_cached_step.py on a GPU, all in bfloat16."""
     for each in [*read.get("rows", ()), *read.get("measurements", ())]:
         dense = re.fullmatch(r"dense, T=(\d+), K=(\d+)", each.get("what", ""))
         if dense:
             T, K = map(int, dense.groups())
             point = ("attention", "bfloat16", K, T)
+        elif read.get("benchmark") == "cached step":
+            point = ("cached step", "bfloat16", 512, each["batch"])
         elif read.get("op") == "patch_embed":
             point = ("patch_embed", "bfloat16", each["patch"], each["batch"])
         else:

@@ -261,7 +261,7 @@ def _command(config: Config, B: int, size: int, checkpointing: bool, workspace: 
     many = config.world_size > 1
     words = [
         f"VLMFAST_MAX_WORKSPACE={workspace}" * (workspace > MAX_WORKSPACE),
-        f"torchrun --nproc-per-node {config.world_size} -m vlmfast.cli train" if many else "vlmfast train",
+        f"torchrun --nproc-per-node {config.world_size} -m -- vlmfast.cli train" if many else "vlmfast train",
         f"--model {config.model} --batch-size {B}",
         f"--micro-batch-size {size}" * (size < B),
         f"--precision {config.precision}",
