@@ -112,7 +112,11 @@ def start(device: str = "auto") -> World:
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(local_rank)
     place = _existing(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
+    # torchrun keeps one store for all its restarts, in which the addresses of ranks that died still stand.
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"vlmfast/{restarts}", next(dist.rendezvous("env://"))[0])
+    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     words = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
     return World(rank, world_size, local_rank, place, dist.group.WORLD, words)
 
