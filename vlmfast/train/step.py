@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from vlmfast.errors import ShapeError, VlmfastError
+from vlmfast.train.world import inner
 
 # (model, batch) -> scalars [] by name: the sum of those that end in "_loss" is minimised, the rest is reported.
 LossFn = Callable[[nn.Module, Any], Mapping[str, Tensor]]
@@ -293,7 +293,7 @@ def _finish(
     group: dist.ProcessGroup | None,
 ) -> dict[str, float]:
     """What every step ends with, once the gradients are there: look at them, clip, step, clamp."""
-    logit_scale = getattr(_inner(model), "logit_scale", None)
+    logit_scale = getattr(inner(model), "logit_scale", None)
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     grad_norm = nn.utils.get_total_norm(gradients)
     if isinstance(logit_scale, nn.Parameter):
@@ -316,12 +316,6 @@ def _finish(
         with torch.no_grad():
             logit_scale.clamp_(0, MAX_LOG_SCALE)
     return {**metrics, "lr": lr}
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's wrapper and DDP's."""
-    model = getattr(model, "_orig_mod", model)
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _read(scalars: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> dict[str, float]:
