@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from vlmfast import ClipLoss, SigLipLoss, _ext, distributed, use_backend
+from vlmfast import ClipLoss, InfoNceLoss, SigLipLoss, _ext, distributed, use_backend
 from vlmfast.distributed import gather_rows, row_counts
 from vlmfast.errors import BackendError, ShapeError
 from vlmfast.losses.over_ranks import SIGLIP_TRANSPORTS, clip_loss_over_ranks, siglip_loss_over_ranks
@@ -29,7 +29,7 @@ B, D, WIDTH = 6, 5, 7
 SCALE = 1 / 0.07
 
 
-def run(folder, checks, timeout=150):
+def run(folder, checks, timeout=300):
     """Runs the named checks on `WORLD` processes; what went wrong, as text, by rank."""
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=_worker, args=(rank, str(folder), checks)) for rank in range(WORLD)]
@@ -50,11 +50,11 @@ def _worker(rank, folder, checks):
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", message="ClipLoss: local_loss")  # test_clip_loss.py has that
-    warnings.filterwarnings("ignore", message=r"torch.distributed.nn.*deprecated")  # open_clip's
+    warnings.filterwarnings("ignore", message=r".?torch\.distributed\.(nn|_functional_coll)")  # open_clip's, deprecated
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = dist.FileStore(f"{folder}/store", WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=240))
     groups = {size: members and dist.new_group(members) for size, members in MEMBERS.items()}
     name = ""
     try:
@@ -518,6 +518,36 @@ def gathered_rows_have_their_gradient(world):
         gather_rows(torch.zeros(2, 3), world.group, sizes=[2])
 
 
+def info_nce_finds_the_keys_of_all(world):
+    """With labels (one query has none), an offset or ids; ranks differ in how many of their queries have a positive."""
+    query, key, scale, _ = features(B * world.size)
+    key = torch.cat([key, key.flip(0)]).detach().requires_grad_()  # twice as many keys
+    rows, columns = world.slice(world.even()), world.slice([2 * B] * world.size)
+    mine = [v.detach().clone().requires_grad_() for v in (query[rows], key[columns], scale)]
+    first = 2 * B * torch.arange(world.size).repeat_interleave(B)
+    labels = torch.arange(B * world.size) % B
+    labels[0] = -1
+    ids = torch.arange(B * world.size) % 4, torch.arange(2 * B * world.size) % 7 - 1  # 4 ... and -1 are nobody's
+    ways = [
+        ({"offset": 2}, {"labels": first + torch.arange(B).repeat(world.size) + 2}),
+        ({"labels": labels[rows]}, {"labels": torch.where(labels >= 0, labels + first, -1)}),
+        ({"query_ids": ids[0][rows], "key_ids": ids[1][columns]}, {"query_ids": ids[0], "key_ids": ids[1]}),
+    ]
+    for directions in ("rows", "columns", "both"):
+        for own_positives, positives in ways:
+            loss = InfoNceLoss(directions=directions, gather=True, group=world.group)
+            ours = value_and_gradients(partial(loss, **own_positives), mine)
+            exact = value_and_gradients(partial(InfoNceLoss(directions=directions), **positives), [query, key, scale])
+            close(world.average(ours[0]), exact[0])
+            close(ours[1], world.size * exact[1][rows])
+            close(ours[2], world.size * exact[2][columns])
+            close(world.average(ours[3]), exact[3])
+    with pytest.raises(ShapeError, match=r"InfoNceLoss: offset must be in \[0, N - M = 6\]; got 7"):
+        InfoNceLoss(gather=True, group=world.group)(*mine, offset=7)
+    with pytest.raises(ValueError, match="InfoNceLoss: give the positives once"):
+        InfoNceLoss(gather=True, group=world.group)(*mine, query_ids=ids[0][rows])
+
+
 def unlike_ranks_are_told(world):
     """On every rank, so that none is left waiting."""
     image, text, scale, bias = own(world, features(sum(world.uneven())), world.uneven())
@@ -563,6 +593,7 @@ CHECKS = [
     factors_of_the_loss,
     other_logits_are_obeyed,
     gathered_rows_have_their_gradient,
+    info_nce_finds_the_keys_of_all,
     unlike_ranks_are_told,
     another_rank_or_size_is_refused,
 ]
