@@ -86,7 +86,7 @@ def test_exported_scenes_train_as_csv_and_as_tars(tmp_path, capsys, small_model)
 
 
 @pytest.mark.slow
-def test_pieces_of_a_step_give_its_losses(tmp_path):
+def test_pieces_of_a_step_give_its_losses(tmp_path, capsys):
     for name, flags in {
         "whole": ["--batch-size", "32"],
         "accum": ["--batch-size", "8", "--accum-freq", "4"],
@@ -99,6 +99,14 @@ def test_pieces_of_a_step_give_its_losses(tmp_path):
         assert len(set(whole)) == 3
     folder = tmp_path / "micro/checkpoints/step_000003"
     assert (folder / "ema.safetensors").stat().st_size == (folder / "model.safetensors").stat().st_size
+    capsys.readouterr()
+    scores = []
+    for flags in ([], ["--ema"]):
+        assert cli.main(["eval", "--pretrained", str(tmp_path / "micro"), "--split", "val", "--json", *flags]) == 0
+        scores.append(json.loads(capsys.readouterr().out)["metrics"])
+    assert scores[0] != scores[1]
+    assert cli.main(["eval", "--pretrained", str(tmp_path / "whole"), "--ema"]) == 1
+    assert "holds no mean of the weights" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -135,6 +143,7 @@ def small_model(tmp_path):
         (["train", "--dataset-type", "folder"], "needs --train-data"),
         (["train", "--dataset-type", "csv", "--train-data", "x", "--csv-separator", "ab"], "must be one character"),
         (["train", "--device", "toaster"], "--device toaster"),
+        (["eval", "--pretrained", "nowhere", "--ema"], "--ema: is for runs of vlmfast train, and nowhere is none"),
         (["eval", "--pretrained", "nowhere"], "nowhere: there is no such file or folder"),
     ],
 )

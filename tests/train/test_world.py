@@ -5,10 +5,12 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import STEPS, Stream, Towers, train
 from standin import CLOCK
 from test_checkpoint import everything, same
@@ -229,10 +231,15 @@ def test_an_environment_that_is_torchruns_in_part_is_said(monkeypatch):
         start("toaster")
 
 
-def test_a_rank_waits_before_it_says_what_rank_0_says(monkeypatch):
-    waited = []
-    monkeypatch.setattr("vlmfast.train.world.time.sleep", waited.append)
-    for rank in (0, 1):
-        with pytest.raises(DataError), World(rank=rank):
-            raise DataError("all of us")
-    assert waited[0] == 0 < waited[1]
+def test_what_all_ranks_refuse_is_said_once(monkeypatch):
+    monkeypatch.setattr("vlmfast.train.world.PATIENCE", timedelta(seconds=0.01))
+    store = dist.HashStore()
+    with pytest.raises(DataError, match="mine"), World(rank=1, store=store):
+        raise DataError("mine")
+    with pytest.raises(DataError, match="all of us"), World(store=store):
+        raise DataError("all of us")
+    with pytest.raises(SystemExit) as left, World(rank=1, store=store):
+        raise DataError("all of us")
+    assert left.value.code == 1
+    with pytest.raises(DataError, match="mine"), World(rank=1, store=store):
+        raise DataError("mine")

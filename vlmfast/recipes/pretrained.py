@@ -44,6 +44,8 @@ class ModelFlags:
     """Folder or file of the tokenizer, where none lies beside the weights."""
     long_captions: Literal["truncate", "refuse"] = "truncate"
     """What becomes of a caption of more tokens than the model takes."""
+    ema: bool = False
+    """Of a run that kept one (vlmfast train --ema): the mean of its weights, instead of the last ones."""
     batch_size: int = 256
     """Images and captions at a time."""
     workers: int = 2
@@ -103,8 +105,10 @@ def open_pretrained(flags: ModelFlags) -> Pretrained:
     is_run = path.name.startswith("step_") or (path / "checkpoints").is_dir()
     if flags.model and (is_run or _is_align(path)):
         raise DataError(f"--model {flags.model}: is for bare files of weights; {path} says itself what model it is")
+    if flags.ema and not is_run:
+        raise DataError(f"--ema: is for runs of vlmfast train, and {path} is none")
     if is_run:
-        config, model, checkpoint = _load_run(path)
+        config, model, checkpoint = _load_run(path, flags.ema)
         path = folder = checkpoint.parent.parent
         fit, source = _fit(config, "vlmfast"), str(checkpoint)
     elif _is_align(path):
@@ -185,13 +189,13 @@ def _refuse_long(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
         raise DataError(f"{said}. Shorten it, or have it cut with --long-captions truncate") from None
 
 
-def _load_run(path: Path) -> tuple[ClipConfig, Clip, Path]:
+def _load_run(path: Path, ema: bool = False) -> tuple[ClipConfig, Clip, Path]:
     checkpoint = path if path.name.startswith("step_") else latest_checkpoint(path / "checkpoints")
     if checkpoint is None:
         raise DataError(f"{path}: holds no checkpoint; give a run's folder, such as logs/NAME, or a checkpoint in it")
     config = load_config(checkpoint.parent.parent / MODEL_FILE)
     model = build_clip(config, seed=0)
-    load_weights(checkpoint, model)
+    load_weights(checkpoint, model, ema=ema)
     return config, model, checkpoint
 
 

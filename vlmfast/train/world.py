@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -26,15 +25,15 @@ T = TypeVar("T")
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 HOW = "start the ranks with: torchrun --nproc-per-node N -m -- vlmfast.cli train ..."
 LONGEST_WAIT = timedelta(days=1)  # for rank 0 to evaluate or to save: NCCL gives up after ten minutes
-PATIENCE_S = 3.0  # a rank that fails waits so long for rank 0 to say the same
+PATIENCE = timedelta(seconds=5)  # a rank that fails waits so long for rank 0 to say the same
 
 
 @dataclass
 class World:
     """The processes that train one model together, seen from one of them.
 
-    As a context it ends the communication. A rank other than 0 that fails waits a little before it says why: what all
-    ranks refuse is said once, by rank 0, upon which torchrun ends the others.
+    As a context it ends the communication. What all ranks refuse is said once, by rank 0: the others leave with status
+    1. A rank that fails alone raises its error after a few seconds, upon which torchrun ends the others.
     """
 
     rank: int = 0
@@ -43,6 +42,7 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     group: dist.ProcessGroup | None = None  # what losses and gradients travel over; None in a world of one process
     words: dist.ProcessGroup | None = None  # what the rest travels over, on the CPU
+    store: dist.Store | None = None  # where rank 0 leaves why it failed
 
     @property
     def main(self) -> bool:
@@ -72,14 +72,26 @@ class World:
     def __enter__(self) -> World:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        if kind is not None:
-            time.sleep(0 if self.main else PATIENCE_S)
-        elif self.group is not None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None:
             # A group that something still refers to keeps its threads, which abort the interpreter at its end.
             self.group = self.words = None
-            dist.destroy_process_group()
-            gc.collect()
+            if self.store is not None:
+                dist.destroy_process_group()
+                gc.collect()
+        elif self.store is not None:
+            if self.main:
+                self.store.set("failure", repr(error))
+            elif self._has_said(repr(error)):
+                raise SystemExit(1) from None
+
+    def _has_said(self, failure: str) -> bool:
+        """Whether rank 0 failed by the same."""
+        try:
+            self.store.wait(["failure"], PATIENCE)  # type: ignore[union-attr]
+            return self.store.get("failure").decode() == failure  # type: ignore[union-attr]
+        except RuntimeError:  # rank 0 has not failed
+            return False
 
 
 def start(device: str = "auto") -> World:
@@ -118,7 +130,7 @@ def start(device: str = "auto") -> World:
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     words = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
-    return World(rank, world_size, local_rank, place, dist.group.WORLD, words)
+    return World(rank, world_size, local_rank, place, dist.group.WORLD, words, store)
 
 
 def replicate(model: nn.Module, world: World) -> nn.Module:
