@@ -7,6 +7,7 @@ process that torchrun did not start is a world of its own, without any communica
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ T = TypeVar("T")
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 HOW = "start the ranks with: torchrun --nproc-per-node N -m -- vlmfast.cli train ..."
 LONGEST_WAIT = timedelta(days=1)  # for rank 0 to evaluate or to save: NCCL gives up after ten minutes
+STARTS = itertools.count()  # of this process
 PATIENCE = timedelta(seconds=5)  # a rank that fails waits so long for rank 0 to say the same
 
 
@@ -126,7 +128,7 @@ def start(device: str = "auto") -> World:
     place = _existing(device)
     # torchrun keeps one store for all its restarts, in which the addresses of ranks that died still stand.
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"vlmfast/{restarts}", next(dist.rendezvous("env://"))[0])
+    store = dist.PrefixStore(f"vlmfast/{restarts}/{next(STARTS)}", next(dist.rendezvous("env://"))[0])
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     words = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
