@@ -31,6 +31,10 @@ class Members:
 
 def test_a_large_batch_takes_the_ring(monkeypatch):
     monkeypatch.setattr(distributed, "RING_BYTES", 4 * 10 * 8)
+    monkeypatch.setattr(distributed, "RING_ROWS", 16)
+    assert type(transport("auto", Members(0, 4), [16, 15, 15, 15], 1)) is Ring
+    assert type(transport("auto", Members(0, 3), [16] * 3, 1)) is Gather  # little to hide
+    assert type(transport("auto", Members(0, 4), [15] * 4, 1)) is Gather
     assert type(transport("auto", Members(0, 4), [10] * 4, 8)) is Ring
     assert type(transport("auto", Members(0, 4), [10] * 4, 7)) is Gather
     assert type(transport("ring", Members(0, 4), [10] * 4, 1)) is Ring

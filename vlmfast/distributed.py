@@ -30,9 +30,12 @@ JOIN = 8192
 """Rows up to which the blocks of several ranks are computed in one call: fewer leave most of a large GPU idle."""
 
 RING_BYTES = 2**30
-"""Gathered bytes from which transport="auto" takes the ring. Gathering holds three such buffers in the backward (the
-rows, what is computed of them, and what comes home): from here on more than 3 GiB. Below, one collective is quicker to
-start than world size - 1 messages."""
+"""Gathered bytes from which transport="auto" takes the ring, for the memory: gathering holds three such buffers in the
+backward (the rows, what is computed of them, and what comes home)."""
+
+RING_RANKS, RING_ROWS = 4, 8192
+"""Ranks and rows of a rank from which it takes the ring for the time: there a block takes longer to compute than the next
+one to come, and a ring has enough of them to hide (docs/scaling.md)."""
 
 Block: TypeAlias = tuple[list[int], list[Tensor]]  # whose rows these are, and the rows of each tensor that travels
 Wait: TypeAlias = Callable[[], list[Tensor]]
@@ -353,7 +356,7 @@ Transport: TypeAlias = Gather | Ring | BothWays | Broadcast
 
 
 def transport(name: str, ranks: Ranks, sizes: list[int], row_bytes: int) -> Gather | Ring:
-    """The transport of that name; "auto": the ring from `RING_BYTES` of gathered rows on.
+    """The transport of that name; "auto": the ring from `RING_RANKS` of `RING_ROWS` on, or from `RING_BYTES` in all.
 
     Args:
         name: "auto", "gather" or "ring".
@@ -366,7 +369,8 @@ def transport(name: str, ranks: Ranks, sizes: list[int], row_bytes: int) -> Gath
     if name not in ("auto", "gather", "ring"):
         raise ValueError(f"transport must be 'auto', 'gather' or 'ring'; got {name!r}")
     if name == "auto":
-        name = "ring" if sum(sizes) * row_bytes >= RING_BYTES else "gather"
+        hidden = ranks.size >= RING_RANKS and max(sizes) >= RING_ROWS
+        name = "ring" if hidden or sum(sizes) * row_bytes >= RING_BYTES else "gather"
     return Ring(ranks, sizes) if name == "ring" else Gather(ranks, sizes)
 
 

@@ -49,8 +49,8 @@ def clip_loss_over_ranks(
         logit_scale: [] or [1], the multiplier itself, the same on all ranks; or a number.
         group: the process group; None is the default one.
         transport: "gather": the texts of all ranks at once; "ring": from rank to rank, in memory that does not grow
-            with the number of ranks; "auto": the ring from `vlmfast.distributed.RING_BYTES` on. Both give the same
-            bits.
+            with the number of ranks; "auto": the ring where it hides behind the computing, or gathering takes more
+            than `vlmfast.distributed.RING_BYTES`. Both give the same bits.
         uneven: ranks may differ in M. Costs an exchange of the sizes, and on a GPU a wait for it; the parts are
             weighted so that their mean over ranks is the mean over pairs.
         normalize: divide each row by its length first.
