@@ -34,8 +34,8 @@ RING_BYTES = 2**30
 backward (the rows, what is computed of them, and what comes home)."""
 
 RING_RANKS, RING_ROWS = 4, 8192
-"""Ranks and rows of a rank from which it takes the ring for the time: there a block takes longer to compute than the next
-one to come, and a ring has enough of them to hide (docs/scaling.md)."""
+"""Ranks and rows of a rank from which it takes the ring for the time: there a block takes longer to compute than the
+next one to come, and a ring has enough of them to hide (docs/scaling.md)."""
 
 Block: TypeAlias = tuple[list[int], list[Tensor]]  # whose rows these are, and the rows of each tensor that travels
 Wait: TypeAlias = Callable[[], list[Tensor]]
@@ -107,7 +107,8 @@ class Ranks:
                 f"{op}: all ranks must have as many rows; got {rows}, by rank. Drop the last, smaller batch, or pass "
                 "uneven=True to a loss that has it"
             )
-        known.add(shape)
+        if not uneven:
+            known.add(shape)
         return rows
 
 

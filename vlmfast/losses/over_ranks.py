@@ -179,6 +179,7 @@ class _ClipOverRanks(torch.autograd.Function):
         total = total + plan.weight * ((row_lse - row_own).sum() + (col_lse - col_own).sum())
         ctx.plan = plan
         ctx.save_for_backward(x, y, scale, row_lse, col_lse, *plan.columns.kept)
+        plan.columns.kept = []  # so that they go when autograd lets go
         return _mean(total, plan.ranks).to(loss.dtype) if plan.whole else total.to(loss.dtype)
 
     @staticmethod
@@ -206,7 +207,9 @@ class _ClipOverRanks(torch.autograd.Function):
                 del dx_part, dy_part  # before the next block's are made
         plan.columns.kept = []
         dy = home.result() if need_y else None
-        dx, dy = (None if d is None else (plan.tower_factor * d).to(v.dtype) for d, v in ((dx, x), (dy, y)))
+        if plan.tower_factor != 1:
+            dx, dy = (None if d is None else d.mul_(plan.tower_factor) for d in (dx, dy))
+        dx, dy = (None if d is None else d.to(v.dtype) for d, v in ((dx, x), (dy, y)))
         if need_scale and plan.whole:
             dscale = _mean(dscale, plan.ranks)
         return dx, dy, dscale.to(scale.dtype) if need_scale else None, None
