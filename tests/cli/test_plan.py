@@ -86,7 +86,9 @@ def test_checkpointing_and_shorter_captions_hold_less():
 def test_what_fits_whole_needs_no_micro_batches(tiny, small):
     made = plan.make(flags(tiny, memory="2GB"))
     assert (made.micro_batch_size, made.batch_size, made.grad_checkpointing) == (1024, 1024, False)
-    assert made.command.endswith(f"vlmfast train --model {tiny} --batch-size 1024 --precision amp_bf16")
+    assert made.command.endswith(
+        f"vlmfast train --model {tiny} --batch-size 1024 --precision amp_bf16 --positives pair"
+    )
 
 
 @pytest.mark.parametrize("memory", [9, 40])

@@ -266,7 +266,7 @@ def _command(config: Config, B: int, size: int, checkpointing: bool, workspace: 
         f"--micro-batch-size {size}" * (size < B),
         f"--precision {config.precision}",
         "--grad-checkpointing" * checkpointing,
-        "--siglip" * config.siglip,
+        "--siglip" if config.siglip else "--positives pair",
         "--fsdp" * config.fsdp,
     ]
     return " ".join(filter(None, words))
