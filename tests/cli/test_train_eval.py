@@ -36,6 +36,10 @@ def test_train_resume_eval(tmp_path, capsys):
     whole = ["--steps", "8", "--lr-scheduler", "const"]
     assert cli.main(["train", "--logs", str(tmp_path), "--name", "whole", *TINY, *whole]) == 0
     assert losses(tmp_path) == losses(tmp_path, "whole")  # to the bit
+    files = [tmp_path / "run" / name for name in (train.FLAGS_FILE, train.MODEL_FILE, "metrics.jsonl")]
+    before = [file.read_bytes() for file in files]
+    assert training(tmp_path, *whole, "--siglip", "--resume", "latest") == 1  # refused, and nothing is changed
+    assert [file.read_bytes() for file in files] == before
     capsys.readouterr()
 
     assert cli.main(["eval", "--pretrained", str(tmp_path / "run"), "--json"]) == 0

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import STEPS, Stream, Towers, train
+from ranks import STEPS, Stream, Towers, loss, train
 from standin import CLOCK
 from test_checkpoint import everything, same
 from torch import nn
 
+from vlmfast.data.order import random_int
 from vlmfast.errors import BackendError, DataError
-from vlmfast.train import adamw, load_checkpoint, load_weights, read_metrics, read_state
+from vlmfast.train import SplitLoss, adamw, load_checkpoint, load_weights, read_metrics, read_state
 from vlmfast.train.ema import Ema
 from vlmfast.train.world import World, blocks, inner, replicate, shard, start
 
@@ -177,6 +178,21 @@ def test_a_mean_is_kept_resumed_and_loaded(tmp_path):
         train(tmp_path / "without", World(), resume="latest", steps=STEPS + 1)
 
 
+def test_each_rank_draws_its_own(tmp_path, monkeypatch):
+    seeds = []
+
+    def embed(model, batch):
+        seeds.append(torch.initial_seed())
+        return model(batch.x, batch.y)
+
+    monkeypatch.setattr("ranks.LOSS", SplitLoss(embed, loss))
+    monkeypatch.setattr("vlmfast.train.checkpoint.save_checkpoint", lambda *_, **__: None)
+    for rank in (0, 1):
+        train(tmp_path / str(rank), World(rank=rank, world_size=2))
+    assert len(set(seeds)) == len(seeds) == 2 * STEPS
+    assert [seed % 2**64 for seed in seeds[:STEPS]] == [random_int(0, step) for step in range(STEPS)], "rank 0 as alone"
+
+
 def test_data_that_knows_where_it_stands_is_told(tmp_path):
     train(tmp_path / "a", World(), dropout=0.3, stateful=True)
     train(tmp_path / "b", World(), dropout=0.3, stateful=True, steps=3)
@@ -186,6 +202,13 @@ def test_data_that_knows_where_it_stands_is_told(tmp_path):
     assert next(Stream(World(), 3, stateful=True)).x.equal(next(Stream(World(), 0, stateful=False)).x), (
         "it would not know"
     )
+
+
+def test_ranks_that_see_different_folders_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(World, "gather", lambda world, value: [value, 3])
+    with pytest.raises(DataError, match=r"the ranks are at steps \[0, 3\]; all ranks must see one folder"):
+        train(tmp_path / "a", World())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_only_rank_0_speaks(tmp_path, capsys):

@@ -141,8 +141,8 @@ class Config(TrainDataFlags):
     resume: str | None = None
     """latest, or a checkpoint's path: go on from there, to the same bits as a run that never stopped."""
     elastic: bool = False
-    """Resume from a checkpoint of another number of ranks, too: the pairs of a step must be as many, but they may be
-    others than they would have been, and a stream of tars begins anew."""
+    """Resume from a checkpoint of another number of ranks, too: the pairs of a step must be as many; from tars they are
+    others than they would have been."""
     save_frequency: float = 1.0
     """Epochs between two checkpoints; 0 for the last step only, as for the next."""
     val_frequency: float = 1.0
@@ -214,10 +214,8 @@ def train(config: Config, world: World | None = None) -> Run:
     schedule = _schedule(config, steps)
     held_out = _evaluators(config, tokenizer, image_size)
     stream = partial(_stream, config, dataset, tokenizer, step_size, world)
-    stream(0)  # what is wrong with the data is said before anything is written
+    stream(0)  # what is wrong with the data is said before the run begins
     clip, model = _model(config, architecture, world)
-    if world.main:
-        _write(folder, config, architecture, tokenizer)
     last = fit(
         model,
         _objective(config, world),
@@ -245,6 +243,7 @@ def train(config: Config, world: World | None = None) -> Run:
         world=world,
         sharded_checkpoints=config.fsdp_checkpoint == "sharded",
         elastic=config.elastic,
+        on_start=partial(_write, folder, config, architecture, tokenizer),
         tensorboard=config.report_to == "tensorboard",
     )
     tell_skipped(dataset, world.words)

@@ -55,6 +55,7 @@ def fit(
     world: World | None = None,
     sharded_checkpoints: bool = False,
     elastic: bool = False,
+    on_start: Callable[[], None] | None = None,
     tensorboard: bool = False,
     stream: TextIO | None = None,
 ) -> dict[str, float]:
@@ -96,8 +97,9 @@ def fit(
         run: what else must be the same for a checkpoint to be this run's, as JSON holds it (batch size, model, data).
         world: the ranks that train together; None for this process alone.
         sharded_checkpoints: each rank writes its parts of the model; see `save_checkpoint`.
-        elastic: resume from a checkpoint of another number of ranks, too. Where batches are a function of the step,
-            they go on at the step; a stream begins anew.
+        elastic: resume from a checkpoint of another number of ranks, too; `batches` begins at the step then, without a
+            state.
+        on_start: called on rank 0 before the first step, once it is certain that the run can begin or go on.
         tensorboard: also write event files.
         stream: where progress is shown; default: standard error.
 
@@ -105,7 +107,8 @@ def fit(
         The last value of every key of metrics.jsonl, with "step"; on rank 0.
 
     Raises:
-        DataError: `out` holds another run, a checkpoint is not whole or not this run's, or the batches end too early.
+        DataError: `out` holds another run, a checkpoint is not whole or not this run's, the batches end too early, or
+            the ranks see different folders.
         NonFiniteError: a loss or gradient is not finite; the message names the step, the weights are untouched by it.
     """
     out, world = Path(out), world or World()
@@ -118,11 +121,15 @@ def fit(
         start = checkpoint.load_checkpoint(found, model, optimizer, run=run, ema=means, world_size=ranks)
     if start > steps:
         raise DataError(f"checkpoint {found}: is at step {start}, past the {steps} steps of this run; raise steps")
-    world.wait()  # every rank has read what rank 0 is about to change
+    starts = world.gather(start)  # and every rank has read what rank 0 is about to change
+    if len(set(starts)) > 1:
+        raise DataError(f"fit: the ranks are at steps {starts}; all ranks must see one folder {out.absolute()}")
     if world.main:
         if found is not None and found.parent.resolve() == folder.resolve():
             checkpoint.point_latest(found)
         out.mkdir(parents=True, exist_ok=True)
+        if on_start is not None:
+            on_start()
     device = next(model.parameters()).device
     step_how: dict[str, Any] = {"precision": precision, "grad_clip_norm": grad_clip_norm, "group": world.group}
     take_step: Callable[..., dict[str, float]] = plain_step
