@@ -11,6 +11,7 @@ import warnings
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from vlmfast import ClipLoss, InfoNceLoss, SigLipLoss, _ext, distributed, use_backend
-from vlmfast.distributed import gather_rows, row_counts
+from vlmfast.distributed import Ranks, gather_rows, row_counts
 from vlmfast.errors import BackendError, ShapeError
 from vlmfast.losses.over_ranks import SIGLIP_TRANSPORTS, clip_loss_over_ranks, siglip_loss_over_ranks
 
@@ -565,6 +566,42 @@ def unlike_ranks_are_told(world):
         ClipLoss(True, True, uneven=True, **world.place())(rows, rows, scale)
 
 
+class OnGpu:
+    """As much of a tensor on a GPU as is asked of it before anything is sent."""
+
+    device, dtype = SimpleNamespace(type="cuda"), torch.float32
+
+    def __init__(self, rows):
+        self.shape = (rows, D)
+
+    def __len__(self):
+        return self.shape[0]
+
+    def dim(self):
+        return 2
+
+
+class Counted(Ranks):
+    exchanges = 0
+
+    def counts(self, x):
+        self.exchanges += 1
+        return super().counts(torch.empty(x.shape))
+
+
+def a_gpu_is_asked_once_for_a_shape(world):
+    """Uneven calls ask each time, and say nothing of even ones: here of the shape that rank 0 had among others."""
+    ranks, even, uneven = Counted(world.group), OnGpu(41), OnGpu(world.uneven()[world.rank] + 50)
+    for _ in range(3):
+        assert ranks.rows("loss", even) == [41] * world.size
+    assert ranks.exchanges == 1
+    for _ in range(2):
+        assert ranks.rows("loss", uneven, uneven=True) == [n + 50 for n in world.uneven()]
+    assert ranks.exchanges == 3
+    assert ranks.rows("loss", OnGpu(world.uneven()[0] + 50)) == [world.uneven()[0] + 50] * world.size
+    assert ranks.exchanges == 4
+
+
 def another_rank_or_size_is_refused(world):
     image, text, scale, bias = own(world, features(B * world.size), world.even())
     for wrong in ({"rank": (world.rank + 1) % world.size, "world_size": world.size}, {"rank": 0, "world_size": 9}):
@@ -595,5 +632,6 @@ CHECKS = [
     gathered_rows_have_their_gradient,
     info_nce_finds_the_keys_of_all,
     unlike_ranks_are_told,
+    a_gpu_is_asked_once_for_a_shape,
     another_rank_or_size_is_refused,
 ]
