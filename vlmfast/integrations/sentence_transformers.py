@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +15,8 @@ from vlmfast.errors import BackendError, missing_extra
 from vlmfast.integrations._patch import Patches, known_version
 from vlmfast.ops.softmax_loss import info_nce_loss
 
-ROWS, COLUMNS = 1024, 4096
-"""Scores that are held at one time where no op of ours has the loss: 16 MiB of float32."""
+ROWS, COLUMNS = 1024, 2048
+"""Scores that are held at one time where no op of ours has the loss: 8 MiB of float32."""
 
 _PATCHES = Patches("sentence_transformers")
 _SETTINGS = {
@@ -152,7 +152,6 @@ def _ranking_loss(loss: Any, embeddings: list[Tensor]) -> Tensor:
 
     with torch.autocast(queries.device.type, enabled=False):
         queries, docs = _vectors(queries, normalize), _vectors(docs, normalize)
-        query, doc = queries[mine], docs[mine]
         s, hard = loss.scale, loss.scale + loss.hardness_strength
         penalised = {
             None: (s, [s] * copies),
@@ -161,17 +160,15 @@ def _ranking_loss(loss: Any, embeddings: list[Tensor]) -> Tensor:
             "all_negatives": (hard, [s] + [hard] * (copies - 1)),
         }
         terms = {
-            "query_to_doc": _Term(query, docs, *penalised[hardness]),
-            "query_to_query": _Term(query, queries, s, [0.0]),
-            "doc_to_query": _Term(doc, queries, s, [s]),
-            "doc_to_doc": _Term(doc, docs, s, [0.0] * copies),
+            "query_to_doc": _Term(QUERIES, DOCS, *penalised[hardness]),
+            "query_to_query": _Term(QUERIES, QUERIES, s, [0.0]),
+            "doc_to_query": _Term(DOCS, QUERIES, s, [s]),
+            "doc_to_doc": _Term(DOCS, DOCS, s, [0.0] * copies),
         }
         chosen = [term for name, term in terms.items() if name in directions]
-        if loss.partition_mode == "joint":
-            log_sums = _log_sums(chosen, s, offset)
-        else:
-            log_sums = torch.stack([_log_sums([term], s, offset) for term in chosen]).mean(0)
-        return (log_sums - s * (query * doc).sum(1)).mean()
+        softmaxes = [chosen] if loss.partition_mode == "joint" else [[term] for term in chosen]
+        log_sums = torch.stack([_LogSums.apply(joint, s, mine, queries, docs) for joint in softmaxes]).mean(0)
+        return (log_sums - s * (queries[mine] * docs[mine]).sum(1)).mean()
 
 
 def _vectors(x: Tensor, normalize: bool) -> Tensor:
@@ -179,57 +176,55 @@ def _vectors(x: Tensor, normalize: bool) -> Tensor:
     return F.normalize(x, dim=1) if normalize else x
 
 
-class _Term(NamedTuple):
-    """One direction: what is compared, and what a row's scores are multiplied with."""
+QUERIES, DOCS = 0, 1
 
-    rows: Tensor  # [B, D]
-    keys: Tensor  # [copies * N, D]; row i's own are offset + i and every N further on
+
+class _Term(NamedTuple):
+    """One direction: what is compared with what, and the factors of its scores."""
+
+    rows: int  # QUERIES or DOCS: this rank's [B, D]
+    keys: int  # all of them, [copies * N, D]; row i's own are offset + i and every N further on
     scale: float
     own_scales: list[float]  # one for each copy; 0.0 leaves the row's own key out
 
 
-def _log_sums(terms: list[_Term], scale: float, offset: int) -> Tensor:
-    """Each row's log-sum-exp [B] over all terms; to the gradient every score was multiplied with `scale`."""
-    plan = [(term.scale, term.own_scales) for term in terms]
-    return _LogSums.apply(plan, scale, offset, *(tensor for term in terms for tensor in (term.rows, term.keys)))
-
-
 class _LogSums(torch.autograd.Function):
+    """Each row's log-sum-exp [B] over all terms; to the gradient every score was multiplied with `scale`."""
+
     @staticmethod
-    def forward(ctx, plan, scale, offset, *tensors):
-        sums = tensors[0].new_full(tensors[0].shape[:1], -torch.inf)
-        for _, rows, _, z in _tiles(plan, offset, tensors):
+    def forward(ctx, terms, scale, mine, *vectors):
+        sums = vectors[QUERIES].new_full((mine.stop - mine.start,), -torch.inf)
+        for _, rows, _, z in _tiles(terms, mine, vectors):
             sums[rows] = torch.logaddexp(sums[rows], z.logsumexp(1))
-        ctx.plan, ctx.scale, ctx.offset = plan, scale, offset
-        ctx.save_for_backward(sums, *tensors)
+        ctx.terms, ctx.scale, ctx.mine = terms, scale, mine
+        ctx.save_for_backward(sums, *vectors)
         return sums
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        sums, *tensors = ctx.saved_tensors
-        gradients = [torch.zeros_like(tensor) for tensor in tensors]
+        sums, *vectors = ctx.saved_tensors
+        gradients = [torch.zeros_like(x) for x in vectors]
         # The cached loss calls backward under autocast, which would round these products.
         with torch.autocast(grad.device.type, enabled=False):
-            for term, rows, columns, z in _tiles(ctx.plan, ctx.offset, tensors):
+            for term, rows, columns, z in _tiles(ctx.terms, ctx.mine, vectors):
                 shares = z.sub_(sums[rows, None]).exp_().mul_(ctx.scale * grad[rows, None])
-                gradients[2 * term][rows].addmm_(shares, tensors[2 * term + 1][columns])
-                gradients[2 * term + 1][columns].addmm_(shares.T, tensors[2 * term][rows])
+                gradients[term.rows][ctx.mine][rows].addmm_(shares, vectors[term.keys][columns])
+                gradients[term.keys][columns].addmm_(shares.T, vectors[term.rows][ctx.mine][rows])
         return None, None, None, *gradients
 
 
-def _tiles(plan: list, offset: int, tensors: tuple[Tensor, ...]) -> Iterator[tuple[int, slice, slice, Tensor]]:
+def _tiles(terms: list[_Term], mine: slice, vectors: Sequence[Tensor]) -> Iterator[tuple[_Term, slice, slice, Tensor]]:
     """(term, rows, columns, their logits) of every tile; the logits may be overwritten."""
-    B = len(tensors[0])
-    for top in range(0, B, ROWS):
+    for top in range(0, mine.stop - mine.start, ROWS):
         rows = slice(top, top + ROWS)
-        for term, (scale, own_scales) in enumerate(plan):
-            queries, keys = tensors[2 * term], tensors[2 * term + 1]
-            N = len(keys) // len(own_scales)
+        for term in terms:
+            queries, keys = vectors[term.rows][mine], vectors[term.keys]
+            N = len(keys) // len(term.own_scales)
             for left in range(0, len(keys), COLUMNS):
                 columns = slice(left, left + COLUMNS)
-                z = (queries[rows] @ keys[columns].T).mul_(scale)
-                for copy, own in enumerate(own_scales):
-                    diagonal = z.diagonal(copy * N + offset + top - left)  # empty where it misses the tile
-                    diagonal.mul_(own / scale) if own else diagonal.fill_(-torch.inf)
+                z = (queries[rows] @ keys[columns].T).mul_(term.scale)
+                for copy, own in enumerate(term.own_scales):
+                    diagonal = z.diagonal(copy * N + mine.start + top - left)  # empty where it misses the tile
+                    diagonal.mul_(own / term.scale) if own else diagonal.fill_(-torch.inf)
                 yield term, rows, columns, z
