@@ -132,6 +132,18 @@ def test_ranks_share(tiny, small):
     assert sharded.command.endswith("--fsdp")
 
 
+def test_what_travels_grows_with_the_ranks_until_it_goes_round(tiny):
+    row = 2 * D
+
+    def travelling(ranks, rows=1024, siglip=False):
+        return plan._travelling(ranks, rows, D, row, siglip)
+
+    assert travelling(1) == 0
+    assert travelling(8) == 2 * travelling(4) == 3 * 8 * 1024 * row
+    assert travelling(8, rows=8192) == travelling(64, rows=8192) < travelling(3, rows=8192) * 2
+    assert travelling(64, siglip=True) == travelling(2, siglip=True)
+
+
 def test_spare_memory_keeps_tiles_of_the_softmax_loss_alone(tiny, small):
     assert plan.make(flags(tiny, memory="14MB")).max_workspace == 2**16 + 2**20
     made = plan.make(flags(tiny, memory="500MB"))

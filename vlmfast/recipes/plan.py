@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from vlmfast.bench.plan import Towers
+from vlmfast.distributed import RING_BYTES, RING_RANKS, RING_ROWS
 from vlmfast.errors import VlmfastError, missing_extra
 from vlmfast.models import ClipConfig, load_config
 from vlmfast.ops._limits import MAX_WORKSPACE
@@ -216,8 +217,7 @@ def _parts(
         Part("activations", held.kept, f"of {size} pairs at a time" + ", only the blocks' inputs" * checkpointing),
     ]
     loss = MAX_WORKSPACE + 2 * 4 * B * D + 2 * 8 * B  # tiles, float32 sums of two gradients, two log-sum-exps
-    if config.world_size > 1:
-        loss += 3 * config.batch * pair // 2  # all ranks' rows of one side, what is computed of them, what comes home
+    loss += _travelling(config.world_size, B, D, pair // 2, config.siglip)
     # The loss is computed while a micro-batch's activations are held, and done before that one's backward.
     if (backward := held.peak - held.kept) >= loss:
         return [*parts, Part("backward", backward, "what it needs beside, at its highest; the loss needs less")]
@@ -232,6 +232,16 @@ def _largest(sizes: list[int], left: Callable[[int], int]) -> int:
     """The largest of the sizes that leaves at least 0 bytes, or 0 if none does; what is left falls with the size."""
     fitting = bisect.bisect_left(sizes, True, key=lambda size: left(size) < 0)
     return sizes[fitting - 1] if fitting else 0
+
+
+def _travelling(W: int, B: int, D: int, row: int, siglip: bool) -> int:
+    """Bytes of other ranks' rows, and of what is computed of them, that the loss holds; `row` bytes each."""
+    if W == 1:
+        return 0
+    if siglip or (W >= RING_RANKS and B >= RING_ROWS) or W * B * row >= RING_BYTES:
+        rings = 2 if siglip else 1  # SigLIP's go both ways; each holds a block, the next, and two sums in float32
+        return rings * 2 * B * (row + 4 * D)
+    return 3 * W * B * row  # gathered rows, what is computed of them, and what comes home
 
 
 def _kept_tiles(config: Config, B: int, spare: int) -> int:
