@@ -194,7 +194,7 @@ def batches(
 
 def is_stream(dataset: Any) -> bool:
     """Whether `batches` reads the data set as a stream of shards, without places and without a length."""
-    return isinstance(dataset, Mixture) or hasattr(dataset, "records")
+    return isinstance(dataset, Mixture) or (hasattr(dataset, "records") and hasattr(dataset, "shards"))
 
 
 def steps_per_epoch(samples: int, batch_size: int, drop_last: bool = True) -> int:

@@ -157,14 +157,18 @@ class WebdatasetPairs:
         last = ""
         try:
             with gopen(url) as stream:
-                set_options(stream, ignore_status=[0, 141, -signal.SIGPIPE])  # a pipe that we leave early is no error
+                set_options(stream, ignore_status=[0, 141, -signal.SIGPIPE])  # what lies after the end mark is not read
                 with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as tar:
                     for member in tar:
                         if reason := _no_part_of_a_sample(member):
                             where = f"{url}: {member.name}"
                             self.skips.add(where, UnreadableError(reason, where))
                         elif member.isfile():
-                            yield member.name, tar.extractfile(member).read()  # type: ignore[union-attr]
+                            try:
+                                yield member.name, tar.extractfile(member).read()  # type: ignore[union-attr]
+                            except GeneratorExit:  # a pipe that we leave early may complain as it likes
+                                set_options(stream, ignore_errors=True)
+                                raise
                         last = member.name
                         tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
                     if tar.fileobj.read(2 * tarfile.RECORDSIZE).strip(b"\0"):  # type: ignore[union-attr]
