@@ -140,6 +140,7 @@ def small_model(tmp_path):
         (["train", "--accum-freq", "2", "--micro-batch-size", "8"], "give one of them"),
         (["train", "--fsdp"], "FSDP needs ranks to share the model among; start the ranks with: torchrun"),
         (["train", "--fsdp-checkpoint", "sharded"], "--fsdp-checkpoint sharded needs --fsdp"),
+        (["train", "--local-loss"], "--local-loss without --gather-with-grad is for --positives pair"),
         (["train", "--warmup", "900"], "--warmup 900 must be less than the run's 288 steps"),
         (["train", "--model", "digit"], "nearest: digits"),
         (["train", "--model", "ViT-B-32"], "the digits are 8 x 8 pixels and the model takes 224"),

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from vlmfast.data.batch import Batches, batches, steps_per_epoch
+from vlmfast.data.batch import Batches, batches, is_stream, steps_per_epoch
 from vlmfast.data.tokenize import Tokenizer, load_tokenizer, train_tokenizer
 from vlmfast.errors import DataError
 from vlmfast.models import Clip, ClipConfig, build_clip, load_config
@@ -125,9 +125,10 @@ class Config(TrainDataFlags):
     """SigLIP's pairwise sigmoid loss instead of CLIP's softmax."""
     loss_dist_impl: Literal["bidir", "shift", "reduce", "gather"] | None = None
     """SigLIP on several ranks: how texts travel; all ways have the same gradients."""
-    positives: Literal["out", "in", "soft", "pair"] = "out"
+    positives: Literal["out", "in", "soft", "pair"] | None = None
     """Softmax: how samples of one id (a digit's class, an image's captions) count for each other. out and soft: by the
-    mean of their log-probabilities; in: by the log of their summed probability; pair: not at all, as in CLIP."""
+    mean of their log-probabilities; in: by the log of their summed probability; pair: not at all, as in CLIP. Default:
+    pair for tars and synthetic, where each sample has an id of its own, else out."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
     workers: int = 0
@@ -141,8 +142,8 @@ class Config(TrainDataFlags):
     resume: str | None = None
     """latest, or a checkpoint's path: go on from there, to the same bits as a run that never stopped."""
     elastic: bool = False
-    """Resume from a checkpoint of another number of ranks, too: the pairs of a step must be as many; from tars they are
-    others than they would have been."""
+    """Resume from a checkpoint of another number of ranks, too: the pairs of a step must be as many; tars are dealt out
+    anew and read from the first on."""
     save_frequency: float = 1.0
     """Epochs between two checkpoints; 0 for the last step only, as for the next."""
     val_frequency: float = 1.0
@@ -236,7 +237,7 @@ def train(config: Config, world: World | None = None) -> Run:
         seed=config.seed,
         run={
             "model": architecture.to_dict(),
-            "loss": "siglip" if config.siglip else config.positives,
+            "loss": "siglip" if config.siglip else _positives(config),
             "batch_size": all_ranks,
             "data": [config.dataset_type, config.train_data],
         },
@@ -262,9 +263,15 @@ def _sizes(config: Config) -> tuple[int, int | None]:
         )
     if config.fsdp_checkpoint == "sharded" and not config.fsdp:
         raise DataError("--fsdp-checkpoint sharded needs --fsdp: without it each rank holds the whole model")
+    if config.local_loss and not config.gather_with_grad and (config.siglip or _positives(config) != "pair"):
+        raise DataError("--local-loss without --gather-with-grad is for --positives pair, without --siglip")
     if config.accum_freq > 1:
         return config.accum_freq * config.batch_size, config.batch_size
     return config.batch_size, config.micro_batch_size
+
+
+def _positives(config: Config) -> str:
+    return config.positives or ("pair" if config.dataset_type in ("webdataset", "synthetic") else "out")
 
 
 def _model(config: Config, architecture: ClipConfig, world: World) -> tuple[Clip, nn.Module]:
@@ -282,7 +289,7 @@ def _objective(config: Config, world: World) -> SplitLoss:
     exact = not (config.local_loss or config.gather_with_grad)
     return contrastive(
         siglip=config.siglip,
-        positives=config.positives,
+        positives=_positives(config),
         local_loss=config.local_loss or exact,
         gather_with_grad=config.gather_with_grad or exact,
         loss_dist_impl=config.loss_dist_impl,
@@ -332,7 +339,9 @@ def _stream(
         tokenizer,
         step_size,
         seed=config.seed,
-        start_step=start_step,
+        start_step=0
+        if config.elastic and is_stream(dataset)
+        else start_step,  # a stream would read all that lies before
         workers=config.workers,
         rank=world.rank,
         world_size=world.world_size,
