@@ -3,7 +3,7 @@
 import copy
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from vlmfast.errors import ShapeError
+from vlmfast.errors import DataError, ShapeError
 from vlmfast.ops.sigmoid_loss import siglip_loss
 from vlmfast.ops.softmax_loss import clip_loss, info_nce_loss
 from vlmfast.recipes.objective import contrastive
@@ -326,6 +326,12 @@ def test_refusals():
         step(lambda model, batch: {"twice": batch.image.repeat(2, 1)})
     with pytest.raises(ValueError, match="scalar 'logit_scale' differs between micro-batches"):
         step(lambda model, b: {**model(b.image, b.text), "logit_scale": 0.01 * b.image.square().mean()})
+
+
+def test_an_objective_by_ids_needs_ids():
+    batch = replace(pairs(), ids=None)
+    with pytest.raises(DataError, match="positives='out' needs batches with ids"):
+        plain_step(towers(), contrastive(positives="out"), batch, still(towers()), 0.0, step=1)
 
 
 W = 2
