@@ -45,27 +45,34 @@ def test_every_check_on_every_rank(processes):
 @pytest.mark.parametrize("W", ranks.MEMBERS)
 def test_which_flags_give_which_gradients(processes, W):
     """The table of docs/distributed.md: after averaging over ranks, beside one process with the whole batch."""
-    found = json.loads((processes[0] / f"table-{W}.json").read_text(encoding="utf-8"))
+    is_the_table(processes[0], W)
+
+
+def is_the_table(folder, W, prefix=""):
+    """The rows of one library: "open_clip " or ours."""
+    found = json.loads((folder / f"table-{W}.json").read_text(encoding="utf-8"))
     for (local_loss, gather_with_grad), (length, right) in TABLE.items():
-        name = f"ClipLoss local_loss={local_loss}, gather_with_grad={gather_with_grad}"
-        for prefix in ("", "open_clip ") if f"open_clip {name}" in found else ("",):
-            towers, cosine, scale = found[prefix + name]
-            assert scale == pytest.approx(1, rel=1e-9)
-            if right:
-                assert (towers, cosine) == pytest.approx((length(W), 1), rel=1e-9)
-            else:
-                assert 0.4 < towers < 0.6
-                assert 0.9 < cosine < 0.995
-        assert found[name] == pytest.approx(found.get(f"open_clip {name}", found[name]), rel=1e-9)
+        towers, cosine, scale = found[f"{prefix}ClipLoss local_loss={local_loss}, gather_with_grad={gather_with_grad}"]
+        assert scale == pytest.approx(1, rel=1e-9)
+        if right:
+            assert (towers, cosine) == pytest.approx((length(W), 1), rel=1e-9)
+        else:
+            assert 0.4 < towers < 0.6
+            assert 0.9 < cosine < 0.995
     for name in SIGLIP_TRANSPORTS:
         assert found[f"SigLipLoss {name}"] == pytest.approx((1, 1, 1), rel=1e-9)
     print(f"\nW = {W}", *(f"{name:62} {a:.4f} {b:.6f} {c:.4f}" for name, (a, b, c) in found.items()), sep="\n")
+    return found
 
 
 @pytest.mark.slow
 def test_beside_open_clip_itself(open_clip, tmp_path):
-    failures = ranks.run(tmp_path, ["beside_open_clip"])
+    """Its losses know the default group alone."""
+    failures = ranks.run(tmp_path, ["beside_open_clip", "table"])
     assert not failures, "\n\n".join(failures)
+    found = is_the_table(tmp_path, ranks.WORLD, "open_clip ")
+    for name in [name for name in found if name.startswith("open_clip ")]:
+        assert found[name] == pytest.approx(found[name.removeprefix("open_clip ")], rel=1e-9)
 
 
 @pytest.mark.slow
