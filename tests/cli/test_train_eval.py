@@ -84,9 +84,13 @@ def test_exported_scenes_train_as_csv_and_as_tars(tmp_path, capsys, small_model)
 
     tars = ["--dataset-type", "webdataset", "--train-data", str(tmp_path / "train-webdataset/00000.tar")]
     tars += ["--model", small_model, "--steps", "3", "--batch-size", "8", "--name", "tars"]
+    sizes = tmp_path / "train-webdataset/sizes.json"
+    sizes.rename(tmp_path / "sizes.json")
     assert training(tmp_path, *tars) == 1
     assert "--train-num-samples" in capsys.readouterr().err
     assert training(tmp_path, *tars, "--train-num-samples", "40") == 0
+    (tmp_path / "sizes.json").rename(sizes)
+    assert training(tmp_path, *tars, "--name", "counted") == 0
 
 
 @pytest.mark.slow

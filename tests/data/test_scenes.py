@@ -301,6 +301,7 @@ def test_more_bad_arguments_are_named():
 def test_webdataset_tars_come_back_as_img2dataset_writes_them(tmp_path):
     written = scenes.export(tmp_path / "out", level="L1", split="val", size=25, shard_size=10)
     names = ["00000.tar", "00000_stats.json", "00001.tar", "00001_stats.json", "00002.tar", "00002_stats.json"]
+    names.append("sizes.json")
     assert [path.name for path in written] == names == sorted(os.listdir(tmp_path / "out"))
     with tarfile.open(written[2]) as tar:
         assert tar.getnames()[:4] == ["000010.png", "000010.txt", "000010.json", "000011.png"]
@@ -314,7 +315,7 @@ def test_webdataset_tars_come_back_as_img2dataset_writes_them(tmp_path):
     assert (stats["count"], stats["successes"], stats["status_dict"]) == (5, 5, {"success": 5})
 
     back = list(WebdatasetPairs([str(path) for path in written if path.suffix == ".tar"]))
-    assert len(back) == 25
+    assert len(back) == 25 == WebdatasetPairs(f"{tmp_path}/out/{{00000..00002}}.tar").num_samples
     assert all(torch.equal(a.image, b.image) and a.text == b.text for a, b in zip(back, data, strict=True))
 
 

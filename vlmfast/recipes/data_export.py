@@ -17,7 +17,7 @@ class Config:
     For example:
         vlmfast data export --out scenes --level L1 --size 20000
         vlmfast data export --out scenes-csv --format csv --level L0 --split val --size 1000
-        vlmfast train --dataset-type webdataset --train-data 'scenes/{00000..00001}.tar' --train-num-samples 20000
+        vlmfast train --dataset-type webdataset --train-data 'scenes/{00000..00001}.tar' --name scenes
     """
 
     out: Path

@@ -52,7 +52,8 @@ def export(
     """The files written: scenes of a split, with their captions and latents, in a layout that other tools read.
 
     "webdataset" gives `00000.tar` and `00000_stats.json` with the members, names and fields that img2dataset writes
-    (no parquet file); the .json member also has the caption's id and the scene. "folder" gives the same files unpacked,
+    (no parquet file); the .json member also has the caption's id and the scene; and `sizes.json`, from which open_clip and
+    our readers know how many samples there are. "folder" gives the same files unpacked,
     `00000/000000000.png`, .txt and .json. "csv" gives `pairs.csv` as open_clip reads it (tabs, columns filepath and
     title, absolute paths; and the id) and the images. Each file appears whole or not at all; the CSV comes last.
 
@@ -101,6 +102,9 @@ def export(
             for suffix, content in parts.items():
                 written.append(_write(stem.with_suffix(f".{suffix}"), content))
             rows.append((f"{stem}.{image_type}", record.text, record.facts["id"]))
+    if format == "webdataset":
+        sizes = {path.name: min(shard_size, len(scenes) - i * shard_size) for i, path in enumerate(written[::2])}
+        written.append(_write(root / "sizes.json", json.dumps(sizes).encode()))
     if format == "csv":
         table = io.StringIO()
         csv.writer(table, delimiter="\t", lineterminator="\n").writerows([("filepath", "title", "id"), *rows])
