@@ -15,7 +15,6 @@ from vlmfast.train import read_metrics
 RUNS = {  # flags of two ranks | of the process beside them, if they differ by more than the batch
     "ddp": (["--positives", "pair"], None),
     "siglip": (["--siglip", "--loss-dist-impl", "shift"], ["--siglip"]),
-    "open_clip": (["--positives", "pair", "--local-loss", "--gather-with-grad"], ["--positives", "pair"]),
     "accum": (["--positives", "pair", "--accum-freq", "2", "--batch-size", "8"], ["--positives", "pair"]),
     "fsdp": (["--fsdp", "--fsdp-checkpoint", "sharded", "--grad-checkpointing", "--ema", "0.9"], []),
     "compiled": (["--fsdp", "--micro-batch-size", "5", "--torchcompile", "--torchcompile-backend", "eager"], []),
