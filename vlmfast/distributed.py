@@ -43,6 +43,7 @@ Combine: TypeAlias = Callable[..., Tensor]  # torch.add or torch.logaddexp
 
 # Before torch 2.13 all_gather_single had a longer name, which now warns.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+_DTYPES = sorted({each for each in vars(torch).values() if isinstance(each, torch.dtype)}, key=str)
 _compared: WeakKeyDictionary[Any, set[tuple]] = WeakKeyDictionary()  # group -> the shapes that all its ranks had
 
 
@@ -75,8 +76,8 @@ class Ranks:
         return (self.rank - steps) % self.size
 
     def counts(self, x: Tensor) -> list[list[int]]:
-        """By rank: the rows of `x`, its width and the bytes of a number. A small message; on a GPU, a wait for it."""
-        own = torch.tensor([[*x.shape, x.element_size()]], device=x.device)
+        """By rank: the rows of `x`, its width and the number of its dtype. A small message; on a GPU, a wait for it."""
+        own = torch.tensor([[*x.shape, _DTYPES.index(x.dtype)]], device=x.device)
         every = own.new_empty(self.size, own.shape[1])
         _all_gather(every, own, group=self.group)
         return every.tolist()
@@ -98,10 +99,8 @@ class Ranks:
         if min(rows) == 0:
             raise ShapeError(f"{op}: every rank must have at least one row; got {rows} rows, by rank")
         if len({tuple(each[1:]) for each in counts}) > 1:
-            raise ShapeError(
-                f"{op}: all ranks must have one embedding width and one dtype; got, by rank, [rows, width, bytes a "
-                f"number] {counts}"
-            )
+            got = ", ".join(f"[{n}, {width}] {_DTYPES[code]}" for n, width, code in counts)
+            raise ShapeError(f"{op}: all ranks must have one embedding width and one dtype; got, by rank, {got}")
         if not uneven and len(set(rows)) > 1:
             raise ShapeError(
                 f"{op}: all ranks must have as many rows; got {rows}, by rank. Drop the last, smaller batch, or pass "

@@ -493,6 +493,10 @@ def other_logits_are_obeyed(world):
     doubled = lambda x, y, s, b: dense_siglip(x, y, 2 * s, 2 * b)  # noqa: E731
     is_exact(world, Doubled(**world.place()), doubled, world.even())
     is_exact(world, Halved(**world.place()), lambda *v: dense_siglip(*v) / 2, world.even())
+    inputs = own(world, features(sum(world.even())), world.even())
+    for loss in (Margin(True, True, uneven=True, **world.place()), Doubled(uneven=True, **world.place())):
+        with pytest.raises(BackendError, match=r"all ranks must have as many rows, .* leave out uneven=True"):
+            loss(*inputs)
 
 
 def gathered_rows_have_their_gradient(world):
@@ -559,7 +563,10 @@ def unlike_ranks_are_told(world):
     with pytest.raises(ShapeError, match=message):
         ClipLoss(True, False, **world.place())(image, text, scale)
     rows = torch.zeros(B, D + (world.rank == 1), dtype=torch.float64)
-    with pytest.raises(ShapeError, match="all ranks must have one embedding width and one dtype"):
+    with pytest.raises(ShapeError, match=r"one dtype; got, by rank, \[6, 5\] torch.float64, \[6, 6\] torch.float64"):
+        ClipLoss(True, True, **world.place())(rows, rows, scale)
+    rows = torch.zeros(B, D, dtype=torch.bfloat16 if world.rank else torch.float16)  # as many bytes
+    with pytest.raises(ShapeError, match=r"one dtype; got, by rank, \[6, 5\] torch.float16, \[6, 5\] torch.bfloat16"):
         ClipLoss(True, True, **world.place())(rows, rows, scale)
     rows = torch.zeros(B * (world.rank != 0), D)
     with pytest.raises(ShapeError, match=r"every rank must have at least one row; got \[0, 6"):
@@ -611,7 +618,8 @@ def another_rank_or_size_is_refused(world):
     if world.group is not None:
         loss = ClipLoss(True, True, group=world.group)
         assert (loss.rank, loss.world_size) == (world.rank, world.size)
-        assert (SigLipLoss(group=world.group).rank, loss.world_size) == (world.rank, world.size)
+        sigmoid = SigLipLoss(group=world.group)
+        assert (sigmoid.rank, sigmoid.world_size) == (world.rank, world.size)
 
 
 CHECKS = [

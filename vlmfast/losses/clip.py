@@ -188,6 +188,7 @@ class ClipLoss(nn.Module):
     def _gathered(self, features: Tensor) -> Tensor:
         """The features of all ranks, with the gradient that the flags give them."""
         ranks = self._ranks()
+        _even("ClipLoss", self.uneven)
         if self.gather_with_grad:
             return gather_rows(features, self.group)
         with torch.no_grad():
@@ -222,6 +223,14 @@ def _place(rank: int, world_size: int, group: dist.ProcessGroup | None) -> tuple
         return rank, world_size
     ranks = Ranks(group)
     return ranks.rank, ranks.size
+
+
+def _even(name: str, uneven: bool) -> None:
+    if uneven:
+        raise BackendError(
+            f"{name}: with get_logits, get_ground_truth or _loss of your own all ranks must have as many rows, as in "
+            "open_clip: leave out uneven=True and drop the last, smaller batch"
+        )
 
 
 def _ranks(name: str, group: dist.ProcessGroup | None, rank: int, world_size: int) -> Ranks:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vlmfast.distributed import Ranks, gather_rows
 from vlmfast.losses._replaced import is_ours
-from vlmfast.losses.clip import _place, _ranks
+from vlmfast.losses.clip import _even, _place, _ranks
 from vlmfast.losses.over_ranks import siglip_loss_over_ranks
 from vlmfast.ops import _check
 from vlmfast.ops.sigmoid_loss import siglip_loss
@@ -168,6 +168,7 @@ class SigLipLoss(nn.Module):
     ) -> Tensor:
         """A subclass's own block loss, of the own texts and of each other rank's."""
         ranks, B = self._ranks(), len(text)
+        _even("SigLipLoss", self.uneven)
         others = gather_rows(text, self.group).split(B)
         loss = self._loss(image, text, logit_scale, logit_bias)
         for step in range(1, ranks.size):
