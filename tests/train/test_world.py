@@ -204,6 +204,19 @@ def test_data_that_knows_where_it_stands_is_told(tmp_path):
     )
 
 
+def test_data_that_refuses_its_state_changes_no_file(tmp_path, monkeypatch):
+    train(tmp_path, World(), stateful=True)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def refuse(stream, state):
+        raise DataError("other shards")
+
+    monkeypatch.setattr(Stream, "_load", refuse)
+    with pytest.raises(DataError, match="other shards"):
+        train(tmp_path, World(), stateful=True, resume=tmp_path / "checkpoints/step_000003")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_ranks_that_see_different_folders_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(World, "gather", lambda world, value: [value, 3])
     with pytest.raises(DataError, match=r"the ranks are at steps \[0, 3\]; all ranks must see one folder"):

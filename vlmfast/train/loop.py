@@ -121,7 +121,10 @@ def fit(
         start = checkpoint.load_checkpoint(found, model, optimizer, run=run, ema=means, world_size=ranks)
     if start > steps:
         raise DataError(f"checkpoint {found}: is at step {start}, past the {steps} steps of this run; raise steps")
-    starts = world.gather(start)  # and every rank has read what rank 0 is about to change
+    source = iter(batches(start))
+    if found is not None and (state := checkpoint.data_state(found, world)) is not None:
+        source.load_state_dict(state)  # type: ignore[attr-defined]
+    starts = world.gather(start)  # every rank has read what rank 0 is about to change, and refused what it refuses
     if len(set(starts)) > 1:
         raise DataError(f"fit: the ranks are at steps {starts}; all ranks must see one folder {out.absolute()}")
     if world.main:
@@ -143,9 +146,6 @@ def fit(
         if resume is not None:
             progress.say(f"resumed at step {start} from {found}" if found else f"no checkpoint in {folder}: a new run")
         model.train()
-        source = iter(batches(start))
-        if found is not None and (state := checkpoint.data_state(found, world)) is not None:
-            source.load_state_dict(state)  # type: ignore[attr-defined]
         clock = _Clock(world.world_size)
         for step in range(start, steps):
             done = step + 1
