@@ -24,6 +24,20 @@ def test_flags_of_tars_reach_the_reader_to_train_and_no_other(tmp_path):
     assert isinstance(val, WebdatasetPairs)
 
 
+def test_flags_of_tars_are_refused_where_there_are_none():
+    with pytest.raises(DataError, match=r"--dataset-resampled says how tars are read; leave it out with .* digits"):
+        open_pairs(TrainDataFlags(dataset_resampled=True), "", "train", 8)
+
+
+def test_captions_are_read_without_decoding_an_image(tmp_path, monkeypatch):
+    urls = shards(tmp_path, 2, 3)
+    texts = [sample.text for sample in open_pairs(tars(), urls, "train", 8)]
+    monkeypatch.setattr("vlmfast.data.webdataset.load_image", lambda *args, **kwargs: pytest.fail("decoded"))
+    assert captions(open_pairs(tars(), urls, "train", 8)) == texts
+    mixed = open_pairs(tars(train_data_upsampling_factors="1::1"), f"{urls}::{urls}", "train", 8)
+    assert sorted(captions(mixed)) == sorted(2 * texts)
+
+
 def test_factors_make_a_mixture_in_which_a_tar_counts_as_often_as_its_factor_says(tmp_path):
     urls = f"{shards(tmp_path / 'a', 4, 3)}::{shards(tmp_path / 'b', 2, 3)}"
     joined = open_pairs(tars(), urls, "train", 8)

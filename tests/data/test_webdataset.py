@@ -143,6 +143,11 @@ def test_a_pipe_that_fails_is_told_and_one_that_is_left_early_is_no_fault(tmp_pa
         next(samples)
         samples.close()
         assert not left.skipped
+    whole = WebdatasetPairs(f"pipe:cat {tar}; exit 1")
+    assert [len(list(whole)) for _ in range(10)] == [200] * 10
+    cut = WebdatasetPairs(f"pipe:head -c 100000 {tar}; exit 1")
+    assert len({len(list(cut)) for _ in range(10)}) == 1
+    assert dict(cut.skipped) == {"tar cut short": 1}
 
 
 def test_a_tar_that_does_not_exist_is_refused_at_once(tmp_path):

@@ -241,7 +241,9 @@ class Batches:
         if wrong := [key for key in self._run if state["run"].get(key) != self._run[key]]:
             theirs = ", ".join(f"{key} {state['run'].get(key)}" for key in wrong)
             ours = ", ".join(f"{key} {self._run[key]}" for key in wrong)
-            raise DataError(f"load_state_dict: the state was saved with {theirs}; this is {ours}. Use the same")
+            raise DataError(
+                f"load_state_dict: the state was saved with {theirs}; this is {ours}. Give the same flags or arguments"
+            )
         self._position = state["position"]
         for skips, found in zip(self._skips, state["skipped"], strict=True):
             skips.load_state_dict(found)

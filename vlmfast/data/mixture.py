@@ -30,6 +30,11 @@ class Mixture:
         for turn in itertools.zip_longest(*self.sources):
             yield from (sample for sample in turn if sample is not None)
 
+    def texts(self) -> Iterator[str]:
+        """The captions of one pass over each source, the sources taking turns while they last."""
+        for turn in itertools.zip_longest(*(source.texts() for source in self.sources)):
+            yield from (text for text in turn if text is not None)
+
     @property
     def num_samples(self) -> int | None:
         """Samples of all sources together, if every source knows how many it has."""

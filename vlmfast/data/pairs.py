@@ -11,6 +11,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,11 @@ class _Pair(NamedTuple):
     image: Path
     caption: object  # the text, or the Path of the file that holds it
     id: int
+
+
+def _text(pair: _Pair) -> str:
+    caption = _bytes(pair.caption, "caption") if isinstance(pair.caption, Path) else pair.caption
+    return caption_text(caption, f"caption of {pair.image}")
 
 
 class _ListedPairs:
@@ -53,6 +59,12 @@ class _ListedPairs:
         except UnreadableError:
             return None
 
+    def texts(self) -> Iterator[str]:
+        """The captions that can be read, in their order; no image is opened."""
+        for pair in self._pairs:
+            with suppress(UnreadableError):
+                yield _text(pair)
+
     @property
     def skipped(self) -> Counter[str]:
         """How many unreadable things were met so far, by reason."""
@@ -63,12 +75,9 @@ class _ListedPairs:
         return self.skips.describe()
 
     def _read(self, index: int, key: tuple[int, ...]) -> Sample:
-        image, caption, id = self._pairs[index]
+        pair = self._pairs[index]
         try:
-            text = caption_text(
-                _bytes(caption, "caption") if isinstance(caption, Path) else caption, f"caption of {image}"
-            )
-            return Sample(self._pixels(image, key), text, id)
+            return Sample(self._pixels(pair.image, key), _text(pair), pair.id)
         except UnreadableError as error:
             self.skips.add(index, error)
             raise

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,13 @@ class WebdatasetPairs:
                 if (sample := self.decode(record, index, 0, 0)) is not None:
                     yield sample
 
+    def texts(self) -> Iterator[str]:
+        """The captions that can be read, in the order of the shards; no image is decoded."""
+        for shard in range(self.shards):
+            for record in self.records(shard):
+                with suppress(UnreadableError):
+                    yield self._text(record, f"{record['__url__']}: {record['__key__']}")
+
     def records(self, shard: int) -> Iterator[dict[str, Any]]:
         """The members by suffix, and "__key__" and "__url__", of each record of one tar."""
         from webdataset.tariterators import group_by_keys
@@ -157,18 +164,15 @@ class WebdatasetPairs:
         last = ""
         try:
             with gopen(url) as stream:
-                set_options(stream, ignore_status=[0, 141, -signal.SIGPIPE])  # what lies after the end mark is not read
+                # Of a pipe: whether its tar is whole, the end mark tells; a program that is left early may exit anyhow.
+                set_options(stream, ignore_errors=True)
                 with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as tar:
                     for member in tar:
                         if reason := _no_part_of_a_sample(member):
                             where = f"{url}: {member.name}"
                             self.skips.add(where, UnreadableError(reason, where))
                         elif member.isfile():
-                            try:
-                                yield member.name, tar.extractfile(member).read()  # type: ignore[union-attr]
-                            except GeneratorExit:  # a pipe that we leave early may complain as it likes
-                                set_options(stream, ignore_errors=True)
-                                raise
+                            yield member.name, tar.extractfile(member).read()  # type: ignore[union-attr]
                         last = member.name
                         tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
                     if tar.fileobj.read(2 * tarfile.RECORDSIZE).strip(b"\0"):  # type: ignore[union-attr]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from typing import Any, Literal
 
@@ -86,9 +86,16 @@ def open_pairs(
         fit, interpolation: how images on disk are brought to that size, see `load_image`; None: "random" to train, and
             "crop" else.
     Raises:
-        DataError: a path is needed and missing, or what it names cannot be read.
+        DataError: a path is needed and missing, what it names cannot be read, or a flag speaks of tars where none are.
     """
     fit = fit or ("random" if split == "train" else "crop")
+    if isinstance(flags, TrainDataFlags) and flags.dataset_type != "webdataset":
+        for each in fields(TrainDataFlags)[len(fields(DataFlags)) :]:
+            if getattr(flags, each.name) != each.default:
+                flag = each.name.replace("_", "-")
+                raise DataError(
+                    f"--{flag} says how tars are read; leave it out with --dataset-type {flags.dataset_type}"
+                )
     if flags.dataset_type == "digits":
         if image_size != 8:
             raise DataError(f"the digits are 8 x 8 pixels and the model takes {image_size}; use --model digits")
@@ -186,7 +193,8 @@ def captions(dataset: Any) -> list[str]:
         return [read(latents.scene(row), dataset.granularity)[0] for row in range(len(latents))]
     if isinstance(dataset, Synthetic):
         return [dataset.caption(index) for index in range(min(len(dataset), CAPTIONS))]
-    return [sample.text for sample in islice(readable(dataset), CAPTIONS)]
+    texts = dataset.texts() if hasattr(dataset, "texts") else (sample.text for sample in readable(dataset))
+    return list(islice(texts, CAPTIONS))
 
 
 def readable(dataset: Any) -> Iterator[Sample]:

@@ -52,8 +52,8 @@ def export(
     """The files written: scenes of a split, with their captions and latents, in a layout that other tools read.
 
     "webdataset" gives `00000.tar` and `00000_stats.json` with the members, names and fields that img2dataset writes
-    (no parquet file); the .json member also has the caption's id and the scene; and `sizes.json`, from which open_clip and
-    our readers know how many samples there are. "folder" gives the same files unpacked,
+    (no parquet file); the .json member also has the caption's id and the scene; and `sizes.json`, from which open_clip
+    and our readers know how many samples there are. "folder" gives the same files unpacked,
     `00000/000000000.png`, .txt and .json. "csv" gives `pairs.csv` as open_clip reads it (tabs, columns filepath and
     title, absolute paths; and the id) and the images. Each file appears whole or not at all; the CSV comes last.
 
