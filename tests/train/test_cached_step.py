@@ -320,6 +320,8 @@ def test_refusals():
         step(of(softmax).embed, precision="fp16")
     with pytest.raises(ValueError, match=r"'..._loss'; got \['sum'\]"):
         cached_step(model, of(lambda out, batch: {"sum": out["logit_scale"]}), pairs(), still(model), 0.0, **run)
+    with pytest.raises(TypeError, match="'logit_bias' as NoneType"):
+        step(lambda model, b: {**model(b.image, b.text), "logit_bias": None})
     with pytest.raises(ShapeError, match=r"'flat' of shape \(4,\) for 4 samples"):
         step(lambda model, batch: {"flat": batch.image[:, 0]})
     with pytest.raises(ShapeError, match=r"'twice' of shape \(8, 8\) for 4 samples"):

@@ -132,7 +132,7 @@ def cached_step(
 
     Raises:
         NonFiniteError: the loss or the gradient is not finite, on any rank; the weights are untouched.
-        TypeError: loss_fn is not a SplitLoss.
+        TypeError: loss_fn is not a SplitLoss, or an output of embed is not a tensor.
         ShapeError: an output of embed is neither rows, one a sample, nor a scalar.
         ValueError: micro_batch_size < 1, a batch norm is in training mode, a scalar of embed depends on the samples,
             loss_fn gave no "_loss", or precision is unknown.
@@ -221,6 +221,8 @@ def _is_scalar(value: Tensor) -> bool:
 
 def _check_outputs(outputs: Mapping[str, Tensor], rows: int) -> None:
     for name, value in outputs.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"cached_step: embed gave {name!r} as {type(value).__name__}; leave out what is no tensor")
         if not _is_scalar(value) and (value.dim() < 2 or len(value) != rows):
             raise ShapeError(
                 f"cached_step: embed gave {name!r} of shape {tuple(value.shape)} for {rows} samples; it must be "
@@ -264,7 +266,11 @@ def _reducing(model: Any, wanted: bool) -> Iterator[None]:
     if hasattr(model, "set_requires_gradient_sync"):  # FSDP2
         model.set_requires_gradient_sync(wanted)
         model.set_is_last_backward(wanted)
-        yield
+        try:
+            yield
+        finally:  # what follows a micro-batch that failed is no part of this step
+            model.set_requires_gradient_sync(True)
+            model.set_is_last_backward(True)
     elif hasattr(model, "no_sync") and not wanted:
         with model.no_sync():
             yield
