@@ -46,6 +46,7 @@ def test_only_what_is_asked_for(unpatched):
         assert open_clip.ClipLoss is before[open_clip, "ClipLoss"]
         integration.apply(siglip=False)  # False leaves what stands
         assert (open_clip.ClipLoss, open_clip.loss.SigLipLoss) == (ClipLoss, SigLipLoss)
+    assert (open_clip.ClipLoss, open_clip.loss.SigLipLoss) == (ClipLoss, before[open_clip.loss, "SigLipLoss"])
 
 
 def test_unknown_versions_are_refused(unpatched, monkeypatch):
@@ -75,6 +76,15 @@ def test_without_open_clip(monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'open_clip_torch\[training\]>=3.3'"):
         integration.apply()
+
+
+def test_without_what_open_clip_train_needs(unpatched, monkeypatch, capsys):
+    open_clip, before = unpatched
+    monkeypatch.setitem(sys.modules, "open_clip_train.main", None)
+    with pytest.raises(MissingExtraError, match=r"open_clip_train\.main cannot .* 'open_clip_torch\[training\]>=3.3'"):
+        integration.main([])
+    assert capsys.readouterr().out == ""
+    assert open_clip.ClipLoss is before[open_clip, "ClipLoss"]
 
 
 @pytest.mark.slow

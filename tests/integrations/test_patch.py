@@ -89,10 +89,42 @@ def test_what_somebody_else_replaced_is_left(library, patches, caplog):
 
 
 def test_an_error_inside_undoes_too(library, patches):
-    patches.replace([(library, "loss", "ours")])
-    with pytest.raises(KeyError), patches:
+    with pytest.raises(KeyError), patches.replace([(library, "loss", "ours")]):
         raise KeyError
     assert library.loss == "theirs"
+
+
+def test_a_context_undoes_what_it_newly_replaced(library, patches, caplog):
+    caplog.set_level(logging.INFO)
+    patches.replace([(library, "loss", "ours")])
+    with patches.replace([(library, "loss", "ours"), (library, "mask", "ours")]) as applied:
+        assert str(applied) == "library.loss, library.mask"
+    assert (library.loss, library.mask) == ("ours", "theirs")
+    with patches.replace([(library, "loss", "ours too")]):
+        assert library.loss == "ours too"
+    assert library.loss == "ours"
+    with patches.replace([(library, "loss", "ours too")]):
+        patches.replace([(library, "loss", "ours again")])
+    assert library.loss == "ours again"  # a later call's, and for undo
+    with patches.replace([(library, "mask", "ours")]):
+        patches.undo()
+        assert (library.loss, library.mask) == ("theirs", "theirs")
+        patches.replace([(library, "mask", "ours")])
+    assert library.mask == "ours"
+    with patches.replace([(library, "loss", "ours")]):
+        library.loss = "a third's"
+    assert library.loss == "a third's"
+    assert [record.levelname for record in caplog.records].count("WARNING") == 1
+    assert str(patches) == "library.mask"
+
+
+def test_contexts_of_a_model(patches):
+    model = Model()
+    with patches.replace([(model, "forward", MethodType(ours, model))]):
+        with patches.replace([(model, "forward", MethodType(lambda self, x: ("ours too", x), model))]):
+            assert model.forward(1) == ("ours too", 1)
+        assert model.forward(1) == ("ours", 1)
+    assert not vars(model)
 
 
 def test_the_original_is_known(library, patches):

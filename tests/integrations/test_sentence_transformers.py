@@ -214,6 +214,8 @@ def test_one_loss_only():
         integration.apply(loss=cached)
         assert "calculate_loss" in vars(cached)
     assert "compute_loss_from_embeddings" not in vars(patched)
+    assert "calculate_loss" in vars(cached)
+    integration.undo()
     assert "calculate_loss" not in vars(cached)
 
 

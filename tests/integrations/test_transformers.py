@@ -129,6 +129,46 @@ def test_who_asks_for_logits_gets_them(transformers, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_without_gradients_the_original_runs(transformers, kind):
+    model, batch = build(transformers, kind), inputs(kind)
+    with torch.no_grad():
+        theirs = model(**batch, return_loss=True)
+        with integration.apply():
+            ours = model(**batch, return_loss=True)
+    assert list(ours) == list(theirs)
+    assert torch.equal(ours.loss, theirs.loss)
+    assert torch.equal(ours.logits_per_image, theirs.logits_per_image)
+
+
+@pytest.mark.filterwarnings("ignore")  # Trainer's own
+def test_metrics_get_the_logits(transformers, tmp_path):
+    """Trainer hands over the output's entries by position: without logits the embeddings would take their places."""
+    batch, seen = inputs("clip", B=8), []
+    examples = [{name: values[row] for name, values in batch.items()} for row in range(8)]
+    settings = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        remove_unused_columns=False,
+        per_device_eval_batch_size=8,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = transformers.Trainer(
+        model=build(transformers, "clip"),
+        args=settings,
+        eval_dataset=examples,
+        data_collator=lambda rows: {**{n: torch.stack([row[n] for row in rows]) for n in batch}, "return_loss": True},
+        compute_metrics=lambda results: seen.append(torch.tensor(results.predictions[0])) or {},
+    )
+    theirs = trainer.evaluate()["eval_loss"]
+    with integration.apply():
+        ours = trainer.evaluate()["eval_loss"]
+    assert seen[0].shape == (8, 8)
+    assert torch.equal(*seen)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_arguments_by_position(transformers, kind):
     model, batch = build(transformers, kind), inputs(kind)
     names = list(inspect.signature(type(model).forward).parameters)[1:]
@@ -202,6 +242,24 @@ def test_applied_twice_and_undone_once(transformers, caplog):
     integration.undo()
 
 
+def test_a_context_inside_another(transformers):
+    known = transformers.AttentionInterface._global_mapping
+    with integration.apply(siglip=False):
+        patched, siglip = transformers.CLIPModel.forward, transformers.SiglipModel.forward
+        with integration.apply():
+            assert transformers.SiglipModel.forward is not siglip
+        with integration.apply(across_devices=True):
+            assert transformers.CLIPModel.forward is not patched
+        assert (transformers.CLIPModel.forward, transformers.SiglipModel.forward) == (patched, siglip)
+        assert integration.ATTENTION in known
+    assert transformers.CLIPModel.forward is not patched
+    assert integration.ATTENTION not in known
+    with integration.apply(attention=False):
+        with integration.apply():
+            assert integration.ATTENTION in known
+        assert integration.ATTENTION not in known
+
+
 def test_one_model_only(transformers):
     patched, other = build(transformers, "clip"), build(transformers, "clip")
     with integration.apply(model=patched):
@@ -216,14 +274,22 @@ def test_refusals_leave_all_as_it_was(transformers, monkeypatch):
         integration.apply(model=torch.nn.Linear(1, 1))
     with pytest.raises(BackendError, match="got CLIPModel"):
         integration.apply(clip=False, model=build(transformers, "clip"))
-    with monkeypatch.context() as patch:
-        patch.setattr("transformers.__version__", "6.0.1")
-        with pytest.raises(BackendError, match=r"transformers 6\.0\.1 is not known.*5\.x"):
+    for version in ("6.0.1", "5.2.0", "4.60.0"):
+        with monkeypatch.context() as patch:
+            patch.setattr("transformers.__version__", version)
+            with pytest.raises(BackendError, match=rf"transformers {version} is not known.*known: 5\.6 and later 5\.x"):
+                integration.apply()
+    for version in ("5.6.0", "5.10.1", "5.23.0.dev0"):
+        with monkeypatch.context() as patch:
+            patch.setattr("transformers.__version__", version)
             integration.apply()
+            integration.undo()
     with monkeypatch.context() as patch:
         patch.setattr(transformers.Siglip2Model, "forward", lambda self, input_ids, temperature=1.0, **kwargs: None)
-        with pytest.raises(BackendError, match=r"Siglip2Model\.forward takes input_ids, temperature"):
+        with pytest.raises(BackendError, match=r"forward takes input_ids, temperature.* apply\(siglip2=False\)"):
             integration.apply()
+        integration.apply(siglip2=False)
+        integration.undo()
     assert transformers.CLIPModel.forward is original
     assert integration.ATTENTION not in transformers.AttentionInterface._global_mapping
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,8 +17,6 @@ _ABSENT = object()  # the owner had no attribute of its own there: it was inheri
 
 class Patches:
     """What stands replaced in one library, and what stood there before.
-
-    Used as a context manager it undoes everything at the end, whatever happens inside.
 
     Args:
         library: its name, for the log.
@@ -33,17 +32,12 @@ class Patches:
         """What stands replaced."""
         return ", ".join(f"{_called(owner)}.{name}" for owner, names in self._kept.items() for name in names)
 
-    def __enter__(self) -> Patches:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.undo()
-
-    def replace(self, changes: Sequence[tuple[Any, str, Any]]) -> None:
+    def replace(self, changes: Sequence[tuple[Any, str, Any]]) -> Applied:
         """Sets every (owner, name, value), or none of them; what already stands replaced keeps its first original.
 
         Args:
             changes: the modules, classes or models, the names of their attributes and the values to set.
+        Returns: a context manager whose end puts back what this call has set, and nothing that stood before it.
         Raises:
             BackendError: an owner has no such attribute; nothing was set.
         """
@@ -51,13 +45,19 @@ class Patches:
             if not hasattr(owner, name):
                 raise BackendError(f"{self.library}: {_called(owner)} has no {name} to replace; nothing was patched")
         new = [change for change in changes if not self._stands(*change)]
+        added = []
         for owner, name, value in new:
             kept = self._kept.setdefault(owner, {})
+            held, earlier = vars(owner).get(name, _ABSENT), kept.get(name)
             # A bound method would keep its model, the owner, alive: its function is enough to know it again.
-            kept[name] = (kept[name][0] if name in kept else vars(owner).get(name, _ABSENT), _function(value))
+            kept[name] = (earlier[0] if earlier else held, _function(value))
+            added.append((owner, name, held, earlier, kept[name]))
             setattr(owner, name, value)
         if new:
             self._log.info("vlmfast replaced %s", ", ".join(f"{_called(owner)}.{name}" for owner, name, _ in new))
+        applied = Applied(self)
+        applied.callback(self._undo_one, added)
+        return applied
 
     def original(self, owner: Any, name: str) -> Any:
         """What stood there before `replace`, bound if the owner is an instance; what stands there, if that is not ours.
@@ -77,18 +77,33 @@ class Patches:
 
     def undo(self) -> None:
         """Puts back what `replace` found; what somebody else has replaced since is left as it is, with a warning."""
-        restored = []
-        for owner, names in list(self._kept.items()):
-            for name, (original, ours) in names.items():
-                if _function(getattr(owner, name, _ABSENT)) is not ours:
-                    self._log.warning("%s.%s is not vlmfast's any more; left as it is", _called(owner), name)
-                    continue
-                if original is _ABSENT:
-                    delattr(owner, name)
-                else:
-                    setattr(owner, name, original)
-                restored.append(f"{_called(owner)}.{name}")
+        self._put_back(
+            [(owner, name, original) for owner, names in self._kept.items() for name, (original, _) in names.items()]
+        )
         self._kept.clear()
+
+    def _undo_one(self, added: Iterable[tuple[Any, str, Any, tuple[Any, Any] | None, tuple[Any, Any]]]) -> None:
+        """Puts back what one `replace` found, except where `undo` or a later `replace` has been since."""
+        mine = [entry for entry in added if self._kept.get(entry[0], {}).get(entry[1]) is entry[4]]
+        self._put_back([(owner, name, held) for owner, name, held, _, _ in mine])
+        for owner, name, _, earlier, _ in mine:
+            if earlier is None:
+                del self._kept[owner][name]
+            else:
+                self._kept[owner][name] = earlier
+
+    def _put_back(self, values: Sequence[tuple[Any, str, Any]]) -> None:
+        """Sets or deletes what we have replaced; warns of what is not ours any more."""
+        restored = []
+        for owner, name, value in values:
+            if _function(getattr(owner, name, _ABSENT)) is not self._kept[owner][name][1]:
+                self._log.warning("%s.%s is not vlmfast's any more; left as it is", _called(owner), name)
+                continue
+            if value is _ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
+            restored.append(f"{_called(owner)}.{name}")
         if restored:
             self._log.info("vlmfast put back %s", ", ".join(restored))
 
@@ -96,6 +111,23 @@ class Patches:
         """Whether that value stands there by our doing."""
         ours = self._kept.get(owner, {}).get(name, (None, _ABSENT))[1]
         return ours is _function(value) and _function(getattr(owner, name)) is ours
+
+
+class Applied(ExitStack):
+    """What one call has replaced: at the end of a `with` it is put back, and what stood replaced before stays so.
+
+    `str()` names all that stands replaced in the library, by this call and others.
+
+    Args:
+        patches: of the library.
+    """
+
+    def __init__(self, patches: Patches) -> None:
+        super().__init__()
+        self._patches = patches
+
+    def __str__(self) -> str:
+        return str(self._patches)
 
 
 def known_version(library: str, version: str, known: str, pattern: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from vlmfast.errors import MissingExtraError, VlmfastError
-from vlmfast.integrations._patch import Patches, known_version, takes
+from vlmfast.integrations._patch import Applied, Patches, known_version, takes
 from vlmfast.losses.clip import ClipLoss
 from vlmfast.losses.coca import CoCaLoss
 from vlmfast.losses.distill import DistillClipLoss
@@ -21,12 +22,13 @@ KNOWN, PATTERN = "3.3 and 4", r"3\.3\.|4\."
 _patches = Patches("open_clip")
 
 
-def apply(clip: bool = True, siglip: bool = True, coca: bool = True, distill: bool = True) -> Patches:
+def apply(clip: bool = True, siglip: bool = True, coca: bool = True, distill: bool = True) -> Applied:
     """vlmfast's losses in the place of open_clip's, in every module of it that builds one.
 
     Whatever builds its loss from now on gets ours: `open_clip.create_loss`, the tasks of open_clip 4, and
     `open_clip_train`. A class that was imported by name before, and a loss that was built before, stay open_clip's.
-    Calling it again changes nothing; `with apply():` undoes it at the end. One line is logged, at level INFO.
+    Calling it again changes nothing; `with apply():` undoes at the end what that call has changed, and no other's. One
+    line is logged, at level INFO.
 
     Args:
         clip: replace ClipLoss; False leaves it as it stands, as the others do.
@@ -39,7 +41,7 @@ def apply(clip: bool = True, siglip: bool = True, coca: bool = True, distill: bo
         BackendError: this version of open_clip is not known, or one of its losses takes other arguments than ours;
             nothing is patched then.
     """
-    open_clip = _open_clip()
+    open_clip, *_ = _imported("open_clip", "open_clip.factory", "open_clip.loss")
     known_version("open_clip_torch", open_clip.__version__, KNOWN, PATTERN)
     wanted: dict[type[nn.Module], bool] = {ClipLoss: clip, SigLipLoss: siglip, CoCaLoss: coca, DistillClipLoss: distill}
     changes: list[tuple[Any, str, Any]] = []
@@ -51,8 +53,7 @@ def apply(clip: bool = True, siglip: bool = True, coca: bool = True, distill: bo
             takes(ours.forward, theirs.forward, f"open_clip {open_clip.__version__}")
         holders = (open_clip, open_clip.loss, open_clip.factory)
         changes += [(holder, name, ours) for holder in holders if getattr(holder, name, None) is theirs]
-    _patches.replace(changes)
-    return _patches
+    return _patches.replace(changes)
 
 
 def undo() -> None:
@@ -65,27 +66,26 @@ def main(argv: Sequence[str]) -> None:
 
     Args:
         argv: what stands behind `python -m open_clip_train.main`, unchanged.
-    Raises: what `apply` raises, and what open_clip_train raises.
+    Raises:
+        MissingExtraError: open_clip or open_clip_train cannot be imported, as the latter without open_clip's
+            `training` extra.
+        BackendError: as from `apply`. What open_clip_train raises comes through.
     """
     with apply() as patches:
+        training, open_clip = _imported("open_clip_train.main", "open_clip")
         if os.environ.get("RANK", "0") == "0":
-            print(f"vlmfast replaced {patches} ({_open_clip().__version__})", flush=True)
-        from open_clip_train.main import main as train
-
-        train(list(argv))
+            print(f"vlmfast replaced {patches} ({open_clip.__version__})", flush=True)
+        training.main(list(argv))
 
 
-def _open_clip() -> ModuleType:
-    """The library, with the modules that name its losses."""
+def _imported(*names: str) -> list[ModuleType]:
+    """open_clip's modules of these names."""
     try:
-        import open_clip
-        import open_clip.factory
-        import open_clip.loss
+        return [importlib.import_module(name) for name in names]
     except ImportError as error:
         raise MissingExtraError(
-            f"open_clip cannot be imported ({error}); run: pip install 'open_clip_torch[training]>=3.3'"
+            f"{names[0]} cannot be imported ({error}); run: pip install 'open_clip_torch[training]>=3.3'"
         ) from error
-    return open_clip
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmfast.errors import BackendError, missing_extra
-from vlmfast.integrations._patch import Patches, known_version
+from vlmfast.integrations._patch import Applied, Patches, known_version
 from vlmfast.ops.softmax_loss import info_nce_loss
 
 ROWS, COLUMNS = 1024, 2048
@@ -31,7 +31,7 @@ _SETTINGS = {
 _CACHE_SETTINGS = {"mini_batch_size", "mini_batch_num_tokens", "show_progress_bar"}
 
 
-def apply(*, plain: bool = True, cached: bool = True, loss: nn.Module | None = None) -> Patches:
+def apply(*, plain: bool = True, cached: bool = True, loss: nn.Module | None = None) -> Applied:
     """Gives the multiple negatives ranking losses of sentence-transformers 6 vlmfast's computation, until `undo`.
 
     Values and gradients stay what they were, up to rounding, for every `directions`, `partition_mode`,
@@ -44,7 +44,7 @@ def apply(*, plain: bool = True, cached: bool = True, loss: nn.Module | None = N
         cached: `CachedMultipleNegativesRankingLoss`, its `calculate_loss`; all else of it stays as it is.
         loss: this loss alone instead of the classes.
     Returns:
-        What was patched: `with apply(): ...` undoes it at the end.
+        What stands patched: `with apply(): ...` undoes at the end what that call has changed.
     Raises:
         MissingExtraError: sentence-transformers is not installed.
         BackendError: its version or the losses' arguments are not known, or `loss` is of another class; nothing is
@@ -75,8 +75,7 @@ def apply(*, plain: bool = True, cached: bool = True, loss: nn.Module | None = N
             changes.append((kind, name, replacement))
         elif isinstance(loss, kind):
             changes.append((loss, name, replacement.__get__(loss)))
-    _PATCHES.replace(changes)
-    return _PATCHES
+    return _PATCHES.replace(changes)
 
 
 def undo() -> None:

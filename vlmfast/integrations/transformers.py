@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast.errors import BackendError, missing_extra
-from vlmfast.integrations._patch import Patches, known_version
+from vlmfast.integrations._patch import Applied, Patches, known_version
 from vlmfast.losses import ClipLoss, SigLipLoss
 from vlmfast.ops.attention import attention as vlmfast_attention
 
@@ -41,14 +41,18 @@ def apply(
     attention: bool = True,
     across_devices: bool = False,
     model: nn.Module | None = None,
-) -> Patches:
+) -> Applied:
     """Gives transformers 5's contrastive models a loss without logits, and registers an attention, until `undo`.
 
     With `return_loss=True` a patched model's output has the loss, the embeddings and the towers' outputs as before,
     and `logits_per_image` and `logits_per_text` are None: nothing of [B, B] is held. Loss and gradients are the
     original's up to rounding, in float32 also under autocast. The original forward runs without `return_loss`, where
-    logits are asked for with `model(..., output_logits=True)`, and for `return_dict=False`, whose tuple has them by
-    position.
+    logits are asked for with `model(..., output_logits=True)`, for `return_dict=False`, whose tuple has them by
+    position, and under `torch.no_grad()`: what `Trainer.evaluate` and `predict` hand to `compute_metrics` is the
+    library's own. A subclass that takes the logits from `super().forward(return_loss=True)` must ask for them.
+
+    Call it before `Trainer` and `Accelerator.prepare`: under mixed precision these keep the model's forward of that
+    time as an attribute of the model, and later patches, or an `undo`, of the class do not reach it.
 
     Args:
         clip: `CLIPModel`.
@@ -58,11 +62,12 @@ def apply(
         attention: makes "vlmfast_flash" known; `model.set_attn_implementation("vlmfast_flash")` chooses it. Masks,
             dropout and grouped heads go on to transformers' "sdpa".
         across_devices: where torch.distributed runs, compare with the pairs of every rank. transformers compares a
-            rank's pairs among themselves: another objective. Every rank must have as many pairs, and an optimizer that
-            averages gradients over ranks, as Trainer's does, then sees the gradient of the whole batch's loss.
+            rank's pairs among themselves: another objective, and under `torch.no_grad()` still the one that is
+            computed. Every rank must have as many pairs, and an optimizer that averages gradients over ranks, as
+            Trainer's does, then sees the gradient of the whole batch's loss.
         model: this model alone instead of the classes.
     Returns:
-        What was patched: `with apply(): ...` undoes it at the end.
+        What stands patched: `with apply(): ...` undoes at the end what that call has changed.
     Raises:
         MissingExtraError: transformers is not installed.
         BackendError: its version or a forward's arguments are not known, or `model` is of another class; nothing is
@@ -74,7 +79,7 @@ def apply(
         raise missing_extra("transformers", "hf") from error
 
     version = transformers.__version__
-    known_version("transformers", version, known="5.x", pattern=r"5\.")
+    known_version("transformers", version, known="5.6 and later 5.x", pattern=r"5\.([6-9]|\d\d)")
     wanted = (clip, siglip, siglip2, vision_text_dual_encoder)
     changes: list[tuple[Any, str, Any]] = []
     matched = False
@@ -102,10 +107,10 @@ def apply(
         name = "lazy_import_flash_attention"
         if hasattr(modeling, name):
             changes.append((modeling, name, _nothing_to_load(_PATCHES.original(modeling, name))))
-    _PATCHES.replace(changes)
-    if attention:
-        _register_attention()
-    return _PATCHES
+    applied = _PATCHES.replace(changes)
+    if attention and _register_attention():
+        applied.callback(_unregister_attention)
+    return applied
 
 
 def undo() -> None:
@@ -120,6 +125,7 @@ def undo() -> None:
 class _Kind(NamedTuple):
     """A class whose forward we know, and how its embeddings are come by."""
 
+    flag: str
     module: str
     name: str
     output: str
@@ -132,7 +138,8 @@ def _known_forward(kind: _Kind, forward: Callable[..., Any], version: str) -> No
     if parameters != ("self", *kind.parameters, "kwargs"):
         raise BackendError(
             f"transformers {version}: {kind.name}.forward takes {', '.join(parameters[1:])}; this vlmfast knows "
-            f"{', '.join(kind.parameters)}, so nothing was patched. Use {kind.name} as it is, or another version"
+            f"{', '.join(kind.parameters)}, so nothing was patched. Leave it out, apply({kind.flag}=False), or install "
+            "another version"
         )
 
 
@@ -144,7 +151,8 @@ def _without_logits(original: Callable[..., Any], kind: _Kind, output: type, acr
     def forward(self, *args, output_logits: bool = False, **kwargs):
         given = dict(zip(kind.parameters, args, strict=False)) | kwargs
         as_tuple = not (self.config.return_dict if given.get("return_dict") is None else given["return_dict"])
-        if output_logits or as_tuple or not given.get("return_loss"):
+        # Trainer evaluates without gradients, and hands the output's entries to metrics by position.
+        if output_logits or as_tuple or not given.get("return_loss") or not torch.is_grad_enabled():
             return original(self, *args, **kwargs)
         vision, text, image_embeds, text_embeds = kind.towers(self, *args, **kwargs)
         image_embeds = image_embeds / image_embeds.norm(dim=-1, keepdim=True)
@@ -270,11 +278,17 @@ def _as_dict(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 _PAIR = ("input_ids", "pixel_values", "attention_mask", "position_ids", "return_loss")
 _KINDS = (
-    _Kind("clip.modeling_clip", "CLIPModel", "CLIPOutput", (*_PAIR, "interpolate_pos_encoding"), _clip_towers),
+    _Kind("clip", "clip.modeling_clip", "CLIPModel", "CLIPOutput", (*_PAIR, "interpolate_pos_encoding"), _clip_towers),
     _Kind(
-        "siglip.modeling_siglip", "SiglipModel", "SiglipOutput", (*_PAIR, "interpolate_pos_encoding"), _siglip_towers
+        "siglip",
+        "siglip.modeling_siglip",
+        "SiglipModel",
+        "SiglipOutput",
+        (*_PAIR, "interpolate_pos_encoding"),
+        _siglip_towers,
     ),
     _Kind(
+        "siglip2",
         "siglip2.modeling_siglip2",
         "Siglip2Model",
         "Siglip2Output",
@@ -282,6 +296,7 @@ _KINDS = (
         _siglip2_towers,
     ),
     _Kind(
+        "vision_text_dual_encoder",
         "vision_text_dual_encoder.modeling_vision_text_dual_encoder",
         "VisionTextDualEncoderModel",
         "CLIPOutput",
@@ -361,12 +376,16 @@ def _nothing_to_load(original: Callable[..., Any]) -> Callable[..., Any]:
     return lazy_import_flash_attention
 
 
-def _register_attention() -> None:
+def _register_attention() -> bool:
+    """Whether the name was not known yet."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+    if ATTENTION in AttentionInterface._global_mapping:
+        return False
     AttentionInterface.register(ATTENTION, _attend)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    return True
 
 
 def _unregister_attention() -> None:
