@@ -336,6 +336,13 @@ def test_an_objective_by_ids_needs_ids():
         plain_step(towers(), contrastive(positives="out"), batch, still(towers()), 0.0, step=1)
 
 
+@pytest.mark.parametrize("positives", ["pair", "out", "in", "soft"])
+def test_a_bias_takes_part_in_the_softmax_losses_too(positives):
+    model = towers(bias=True)
+    plain_step(model, contrastive(positives=positives), pairs(), still(model), 0.0, step=1)
+    assert model.logit_bias.grad == 0  # None would be a parameter that DDP waits for
+
+
 W = 2
 OBJECTIVES = {
     "softmax": {},

@@ -63,7 +63,10 @@ def contrastive(
     else:
 
         def compare(out: Mapping[str, Tensor], batch: Batch) -> Tensor:
-            return _by_ids(out, batch, positives, world_size, group)
+            loss = _by_ids(out, batch, positives, world_size, group)
+            bias = out.get("logit_bias")
+            # It changes no softmax; DDP wants every parameter to take part.
+            return loss if bias is None else loss + 0.0 * bias.sum()
 
     return SplitLoss(_embed, lambda outputs, batch: {"contrastive_loss": compare(outputs, batch)})
 
