@@ -338,7 +338,7 @@ def test_an_objective_by_ids_needs_ids():
 
 @pytest.mark.parametrize("positives", ["pair", "out", "in", "soft"])
 def test_a_bias_takes_part_in_the_softmax_losses_too(positives):
-    model = towers(bias=True)
+    model = towers("sigmoid")
     plain_step(model, contrastive(positives=positives), pairs(), still(model), 0.0, step=1)
     assert model.logit_bias.grad == 0  # None would be a parameter that DDP waits for
 
