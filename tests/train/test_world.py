@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import STEPS, Stream, Towers, loss, train
 from standin import CLOCK
 from test_checkpoint import everything, same
 from torch import nn
+from world_runs import STEPS, Stream, Towers, loss, train
 
 from vlmfast.data.order import random_int
 from vlmfast.errors import BackendError, DataError
@@ -41,7 +41,7 @@ def lines(out):
 def runs(tmp_path_factory):
     """The folder in which two ranks left their runs, and a single process its own in `alone`."""
     out = tmp_path_factory.mktemp("runs")
-    told = torchrun(2, Path(__file__).with_name("ranks.py"), out)
+    told = torchrun(2, Path(__file__).with_name("world_runs.py"), out)
     assert told.returncode == 0, told.stderr
     train(out / "alone", World())
     return out
