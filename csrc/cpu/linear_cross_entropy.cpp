@@ -9,16 +9,21 @@
 namespace vlmfast {
 
 static constexpr double LN2 = 0.6931471805599453;
-static constexpr int64_t MOST_ROWS = 504;  // at one time: more read w less often, but then they leave the caches
+// Rows at one time: with more, w is read less often, but then they leave the caches; with fewer, reading w takes longer
+// than multiplying.
+static constexpr int64_t MOST_ROWS = 504, FEW_ROWS = 192;
 
 static int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-// Rows whose logits are held at one time, whole panels: as many as fit, in chunks of nearly one size.
+// Rows whose logits are held at one time, whole panels: as many as fit, but of many rows half, in chunks of nearly one
+// size.
 static int64_t chunk_of(const VocabularyCall& call, int64_t tiles, int64_t panel) {
+  const int64_t M = call.x.rows, half = divide_up(M, 2);
   int64_t most = call.workspace / (tiles * TILE_LD * int64_t(sizeof(float)));
-  most = most < MOST_ROWS ? most / panel * panel : MOST_ROWS / panel * panel;
-  if (most < panel) most = panel;
-  return round_up(divide_up(call.x.rows, divide_up(call.x.rows, most)), panel);
+  if (most > MOST_ROWS) most = MOST_ROWS;
+  if (most > FEW_ROWS && most > half) most = half > FEW_ROWS ? half : FEW_ROWS;
+  most = most < panel ? panel : most / panel * panel;
+  return round_up(divide_up(M, divide_up(M, most)), panel);
 }
 
 static int useful_threads(const VocabularyCall& call, int64_t tiles) {
@@ -60,9 +65,9 @@ void linear_cross_entropy(const VocabularyCall& call, bool known, double* losses
 
   Scratch<float> ones(M > N ? M : N, 1.0f);
   Scratch<float> x_panels(rows * D), x_slices(dw ? rows * width : 0);
-  Scratch<float> s((gradient ? tiles : threads) * rows * TILE_LD, 0.0f);
+  Scratch<float> s((gradient ? tiles : threads) * rows * TILE_LD);
   Scratch<float> reference(tiles * rows), total(tiles * rows);
-  Scratch<double> logits(tiles * rows), target(rows);
+  Scratch<double> logits(call.smoothing != 0.0f ? tiles * rows : 0), target(rows);
   std::vector<Scratch<float>> packed;
   packed.reserve(threads);
   for (int t = 0; t < threads; ++t) packed.emplace_back(TILE_N * width);

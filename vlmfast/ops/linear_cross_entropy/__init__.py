@@ -29,7 +29,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     reduction: str = "mean",
-    num_supervised: Tensor | int | None = None,
+    num_supervised: Tensor | float | None = None,
     precision: str | None = None,
     max_workspace: int | None = None,
 ) -> Tensor:
@@ -56,11 +56,12 @@ def linear_cross_entropy(
         label_smoothing: the share, in [0, 1), of the target that is spread over the whole vocabulary.
         z_loss: weight of the square of each row's log-sum-exp, in nats, which keeps logits from drifting; at least 0.
         reduction: "mean" over supervised rows, their "sum", or "none": [M] losses, 0 where a row is ignored.
-        num_supervised: what "mean" divides by instead: the number of supervised rows of all micro-batches and ranks.
+        num_supervised: what "mean" divides by instead: the supervised rows of all micro-batches together; under DDP,
+            which averages over ranks, those of all ranks divided by the number of ranks.
         precision: how a GPU multiplies float32: "bf16x3" (two bfloat16 parts each, three products; None means this, or
             VLMFAST_PRECISION), "tf32" (11 bits) or "ieee" (float32, without the matrix unit).
         max_workspace: bytes of logits, on a GPU of their gradients, that a call may hold at one time; None is 2**27 on
-            a GPU, or VLMFAST_MAX_WORKSPACE, and on the CPU 2**25 or a quarter of the float32 weight.
+            a GPU, or VLMFAST_MAX_WORKSPACE, and on the CPU 48 MiB, or a quarter of the float32 weight if that is more.
     Returns:
         [] float32, or [M] with "none" (float64 for float64 inputs).
     Raises:
@@ -99,13 +100,13 @@ def linear_cross_entropy(
         factor = torch.ones((), dtype=acc, device=hidden.device)
     else:
         count = (labels != ignore_index).sum() if num_supervised is None else num_supervised
-        count = torch.as_tensor(count, device=hidden.device).detach().reshape(())
-        factor = 1 / count.clamp_min(1).to(acc)
+        count = torch.as_tensor(count, dtype=acc, device=hidden.device).detach().reshape(())
+        factor = torch.where(count > 0, 1 / count, 0)
     return _loss(hidden, weight, bias, labels, factor, *plan, *needs, *limits, backend)[0]
 
 
 def _check_options(
-    op: str, label_smoothing: float, z_loss: float, reduction: str, num_supervised: Tensor | int | None
+    op: str, label_smoothing: float, z_loss: float, reduction: str, num_supervised: Tensor | float | None
 ) -> None:
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"{op}: label_smoothing must be in [0, 1); got {label_smoothing}")
@@ -124,9 +125,9 @@ def _check_options(
 
 
 def _workspace(op: str, weight: Tensor, value: int | None) -> int:
-    """The bytes of a call; on the CPU's own choice they stay small beside the weight's gradient."""
+    """The bytes of a call. The CPU's own choice is small beside the gradient of a large weight."""
     if value is None and weight.device.type == "cpu":
-        return max(2**25, weight.numel())
+        return max(48 * 2**20, weight.numel())
     return _limits.workspace(op, value)
 
 
