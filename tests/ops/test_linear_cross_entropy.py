@@ -391,7 +391,7 @@ def test_every_instruction_set(cpu_backend):
         _ext.C.force_isa(None)
 
 
-def test_float16_and_split_gradients_of_the_matrix_unit(triton_backend):
+def test_triton_gradients_in_float16_and_in_two_parts(triton_backend):
     """What runs on a GPU: powers and gradients in float16, in range by their units; and float32 in two parts, which
     the interpreter cuts off instead of rounding, hence 2^-14 and not 2^-16."""
     for dtype, bound in ((torch.float16, 1e-3), (torch.float32, 2e-4)):
