@@ -33,6 +33,7 @@ from vlmfast.ops import _configs, _tiles
 from vlmfast.ops._configs import CANDIDATES, Config
 from vlmfast.ops.attention import _triton as attention
 from vlmfast.ops.hinge_loss import _triton as hinge_loss
+from vlmfast.ops.linear_cross_entropy import _triton as linear_cross_entropy
 from vlmfast.ops.patch_embedding import _triton as patches
 from vlmfast.ops.sigmoid_loss import _triton as sigmoid_loss
 from vlmfast.ops.similarity import _triton as similarity
@@ -79,6 +80,7 @@ COLUMNS = {
     "_counts_of_rows": "ranks",
     "_diagonal": "ranks",
     "_matrix_tiles": "matrix",
+    "_power_tiles": "vocabulary",
 }
 
 
@@ -229,6 +231,13 @@ def matrix(x: torch.Tensor, y: torch.Tensor, precision: str) -> None:
     similarity.forward(x, y, True, precision)
 
 
+def vocabulary(x: torch.Tensor, y: torch.Tensor, precision: str, gradient: bool = True, bias: bool = False) -> None:
+    head = y[:, 0] if bias else None
+    labels, factor = x.new_empty(len(x), dtype=torch.int64), x.new_empty((), dtype=torch.float32)
+    needs = gradient, gradient, gradient and bias
+    linear_cross_entropy.forward(x, y, head, labels, factor, 0.0, 0.0, *needs, precision, WORKSPACE)
+
+
 def topk(x: torch.Tensor, y: torch.Tensor, precision: str, k: int = 10) -> None:
     similarity.topk(x, y, k, True, precision)
 
@@ -261,7 +270,7 @@ def attend(T: int, K: int, dtype: torch.dtype, packed: bool, causal: bool) -> No
 
 WORKSPACE = 2**27
 KEEP = 2**40  # of the softmax's powers: all
-ONCE = (softmax, sigmoid, hinge, hardest, matrix, topk, ranks)
+ONCE = (softmax, sigmoid, hinge, hardest, matrix, topk, ranks, vocabulary)
 KINDS = (
     *ONCE,
     partial(softmax, keep=KEEP),
@@ -272,6 +281,8 @@ KINDS = (
     partial(softmax, form="in"),
     partial(sigmoid, gradient=False),
     partial(hinge, gradient=False),
+    partial(vocabulary, bias=True),
+    partial(vocabulary, gradient=False),
     partial(topk, k=1),
     partial(topk, k=64),
 )

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vlmfast.ops import available_backends
     from vlmfast.ops.attention import attention
     from vlmfast.ops.hinge_loss import vse_loss
+    from vlmfast.ops.linear_cross_entropy import linear_cross_entropy
     from vlmfast.ops.patch_embedding import interpolate_positions, patch_embed
     from vlmfast.ops.sigmoid_loss import siglip_loss
     from vlmfast.ops.similarity import normalized_similarity, rank_counts, similarity_topk
@@ -36,6 +37,7 @@ __all__ = [
     "errors",
     "info_nce_loss",
     "interpolate_positions",
+    "linear_cross_entropy",
     "normalized_similarity",
     "patch_embed",
     "rank_counts",
@@ -51,6 +53,7 @@ _HOMES = {
     "vlmfast.ops": ("available_backends",),
     "vlmfast.ops.attention": ("attention",),
     "vlmfast.ops.hinge_loss": ("vse_loss",),
+    "vlmfast.ops.linear_cross_entropy": ("linear_cross_entropy",),
     "vlmfast.ops.patch_embedding": ("interpolate_positions", "patch_embed"),
     "vlmfast.ops.sigmoid_loss": ("siglip_loss",),
     "vlmfast.ops.similarity": ("normalized_similarity", "rank_counts", "similarity_topk"),

@@ -7,7 +7,6 @@
 namespace vlmfast {
 namespace VLMFAST_ISA {
 
-static constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
 // With every row's and column's top within 2^-60 of the tile's, what falls below 2^-126 is under 2^-66 of any sum.
 static constexpr float ONE_EXP_SPREAD = 60.0f;
 // In the backward p = 2^(z2 - m) * 2^(m - lse2): with m the least lse2, the first factor stays under 2^100, and where
@@ -30,17 +29,6 @@ static inline void merge(float* reference, double* total, float r, double t) {
     *total += t * power2(r - *reference);
   }
 }
-
-// log2 of 2^z2 as the sums hold it, polynomial and all: where a positive is nearly all of its row's sum, log total -
-// this is 0 to the last bit, and so are loss and gradient.
-static inline double log_power(float z2) {
-  const float n = nearbyintf(z2);
-  float power[W];
-  store(power, exp2(set1(z2 - n)));
-  return double(n) + log2(double(power[0]));
-}
-
-static inline float reference_of(float top) { return top > -INFINITY ? ceilf(top) : 0.0f; }
 
 struct Tops {
   float row[TILE_M], col[TILE_N], positive_row[TILE_M], positive_col[TILE_N];

@@ -19,6 +19,10 @@ void hinge_hardest(const Tile&, float*, int64_t*, float*, int64_t*);
 void topk(const Tile&, int64_t, float*, int64_t*);
 void topk_sort(int64_t, float*, int64_t*);
 void rank(const Tile&, const float*, int64_t*, int64_t*);
+void pack_columns(const Matrix&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float*);
+void accumulate_columns(const Tile&, const float*, int64_t, int64_t, float*);
+void vocabulary_logits(const Tile&, const VocabularyCall&, const LogitParts&);
+void vocabulary_gradient(const Tile&, const VocabularyCall&, const double*, float*);
 double flops_of_micro(int64_t, int64_t, const float*, const float*, float*);
 
 #define VLMFAST_TEXT(x) #x
@@ -43,6 +47,10 @@ const Kernels table = {VLMFAST_NAME(VLMFAST_ISA),
                        topk,
                        topk_sort,
                        rank,
+                       pack_columns,
+                       accumulate_columns,
+                       vocabulary_logits,
+                       vocabulary_gradient,
                        flops_of_micro};
 
 }  // namespace VLMFAST_ISA

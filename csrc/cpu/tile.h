@@ -74,5 +74,19 @@ static inline void multiply_add(const float* A, int64_t rows, const float* B, in
     }
 }
 
+static constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
+
+// The whole power of two that a sum with this largest exponent is counted in.
+static inline float reference_of(float top) { return top > -INFINITY ? ceilf(top) : 0.0f; }
+
+// log2 of 2^z2 as the sums hold it, polynomial and all: where a positive is nearly all of its row's sum, log total -
+// this is 0 to the last bit, and so are loss and gradient.
+static inline double log_power(float z2) {
+  const float n = nearbyintf(z2);
+  float power[W];
+  store(power, exp2(set1(z2 - n)));
+  return double(n) + log2(double(power[0]));
+}
+
 }  // namespace VLMFAST_ISA
 }  // namespace vlmfast

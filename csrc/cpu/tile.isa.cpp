@@ -116,6 +116,28 @@ void pack_slices(const Matrix& x, int64_t D, const float* inverse, int64_t begin
   typed(x, [&](auto* data) { slices_of(data + begin * D, D, inverse + begin, rows, width, out); });
 }
 
+// Rows outside, as they lie in memory: a row is read once and in order, however large the matrix.
+template <class T>
+static void columns_of(const T* x, int64_t D, int64_t columns, int64_t rows, int64_t width, float* out) {
+  for (int64_t k = 0; k < rows; ++k)
+    for (int64_t c0 = 0; c0 < columns; c0 += width) {
+      const T* row = x + k * D + c0;
+      float* slice = out + c0 * rows + k * width;
+      const int64_t n = columns - c0 < width ? columns - c0 : width;
+      for (int64_t c = 0; c < n; ++c) slice[c] = to_float(row[c]);
+      for (int64_t c = n; c < width; ++c) slice[c] = 0.0f;
+    }
+}
+
+void pack_columns(const Matrix& x, int64_t D, int64_t column, int64_t columns, int64_t begin, int64_t rows,
+                  int64_t width, float* out) {
+  typed(x, [&](auto* data) { columns_of(data + begin * D + column, D, columns, rows, width, out); });
+}
+
+void accumulate_columns(const Tile& tile, const float* y_slices, int64_t columns, int64_t D, float* dx) {
+  multiply_add<TILE_LD, 1>(tile.s, tile.m, y_slices, tile.n * NR, columns, tile.n, dx, D);
+}
+
 // K is cut so that a panel's cut of B stays in the first-level cache while panels of A pass by.
 static constexpr int64_t K_CUT = 256;
 

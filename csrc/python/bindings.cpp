@@ -123,6 +123,27 @@ PYBIND11_MODULE(_C, m) {
       Unlocked());
 
   m.def(
+      "linear_cross_entropy",
+      [](const MatrixArg& x, const MatrixArg& w, int64_t D, int threads, uintptr_t bias, uintptr_t labels,
+         uintptr_t weight, float smoothing, float z_loss, int64_t workspace, bool known, uintptr_t losses,
+         uintptr_t lse, uintptr_t dx, uintptr_t dw, uintptr_t dbias) {
+        if (D < 1) throw std::invalid_argument("the width D must be at least 1");
+        const VocabularyCall call = {matrix(x),
+                                     matrix(w),
+                                     D,
+                                     at<const float>(bias),
+                                     at<const int64_t>(labels),
+                                     at<const float>(weight),
+                                     smoothing,
+                                     z_loss,
+                                     workspace,
+                                     threads};
+        linear_cross_entropy(call, known, at<double>(losses), at<double>(lse), at<float>(dx), at<float>(dw),
+                             at<float>(dbias));
+      },
+      Unlocked());
+
+  m.def(
       "patch_embedding_forward",
       [](const PatchesArg& patches, int64_t H, int64_t lead, int threads, uintptr_t weight, uintptr_t bias,
          uintptr_t positions, uintptr_t tokens) {

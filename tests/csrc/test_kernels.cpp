@@ -231,6 +231,61 @@ void retrieval(int64_t M, int64_t N, int64_t D) {
   }
 }
 
+// Rows few at a time and all at once, gradients from the forward and from its log-sum-exps, against double loops.
+void linear_cross_entropy_of(int64_t M, int64_t N, int64_t D, bool with_bias, float smoothing, float z_loss) {
+  const vector<float> x = random_rows(M, D, 1), w = random_rows(N, D, 2), c = random_rows(1, N, 3);
+  const vector<double> xd(x.begin(), x.end()), wd(w.begin(), w.end());
+  vector<int64_t> labels;
+  vector<float> weight;
+  for (int64_t i = 0; i < M; ++i) labels.push_back(i * 7 % N), weight.push_back(0.1f * float(1 + i % 3));
+  vector<double> z = products(xd, wd, M, N, D), losses(size_t(M), 0.0), dx(size_t(M * D), 0.0), dw(size_t(N * D), 0.0),
+                 dbias(size_t(N), 0.0);
+  for (int64_t i = 0; i < M; ++i) {
+    double total = 0, sum = 0;
+    for (int64_t j = 0; j < N; ++j) {
+      if (with_bias) z[i * N + j] += c[j];
+      total += std::exp(z[i * N + j]), sum += z[i * N + j];
+    }
+    const double lse = std::log(total);
+    losses[i] = lse - (1 - smoothing) * z[i * N + labels[i]] - smoothing * sum / double(N) + z_loss * lse * lse;
+    for (int64_t j = 0; j < N; ++j) {
+      const double g = weight[i] * ((1 + 2 * z_loss * lse) * std::exp(z[i * N + j] - lse) -
+                                    (j == labels[i] ? 1 - smoothing : 0) - smoothing / double(N));
+      dbias[j] += g;
+      for (int64_t k = 0; k < D; ++k) dx[i * D + k] += g * w[j * D + k], dw[j * D + k] += g * x[i * D + k];
+    }
+  }
+  const auto near = [&](const vector<float>& got, const vector<double>& exact, const char* what) {
+    double worst = 0, largest = 1e-3;
+    for (size_t i = 0; i < exact.size(); ++i) {
+      worst = std::max(worst, std::abs(exact[i] - got[i]));
+      largest = std::max(largest, std::abs(exact[i]));
+    }
+    check(worst <= 2e-5 * largest, what, M, N, D);  // a NaN that nobody wrote over is no maximum
+    for (float value : got) check(std::isfinite(value), what, M, N, D);
+  };
+  for (int64_t workspace : {int64_t(0), int64_t(1) << 30})
+    for (bool known : {false, true}) {
+      vector<double> got(size_t(M), NAN), lse(size_t(M), NAN);
+      VocabularyCall call = {{x.data(), M, FLOAT32},
+                             {w.data(), N, FLOAT32},
+                             D,
+                             with_bias ? c.data() : nullptr,
+                             labels.data(),
+                             weight.data(),
+                             smoothing,
+                             z_loss,
+                             workspace,
+                             3};
+      linear_cross_entropy(call, false, got.data(), lse.data(), nullptr, nullptr, nullptr);
+      for (int64_t i = 0; i < M; ++i)
+        check(std::abs(got[i] - losses[i]) <= 1e-5 * (1 + std::abs(losses[i])), "token losses", M, N, D);
+      vector<float> a(size_t(M * D), NAN), b(size_t(N * D), NAN), e(size_t(N), NAN);
+      linear_cross_entropy(call, known, known ? nullptr : got.data(), lse.data(), a.data(), b.data(), e.data());
+      near(a, dx, "head dx"), near(b, dw, "head dw"), near(e, dbias, "head dbias");
+    }
+}
+
 void halves() {  // bfloat16 and float16 inputs give what their float32 values give
   const int64_t B = 33, D = 20;
   const uint16_t bfloat16[4] = {0x3f80, 0xbf00, 0x4049, 0x3eaa}, float16[4] = {0x3c00, 0xb800, 0x4248, 0x0001};
@@ -340,6 +395,10 @@ int main() {
     hinge(97, 40);
     hinge(210, 31);
     hinge(300, 200);
+    linear_cross_entropy_of(1, 1, 1, false, 0.0f, 0.0f);
+    linear_cross_entropy_of(13, 385, 33, true, 0.1f, 0.01f);
+    linear_cross_entropy_of(110, 900, 70, true, 0.0f, 0.0f);  // several threads and chunks
+    linear_cross_entropy_of(25, 401, 20, false, 0.2f, 0.0f);
     retrieval(1, 1, 1);
     retrieval(100, 203, 9);
     retrieval(200, 600, 150);

@@ -49,7 +49,7 @@ class Machine(NamedTuple):
     triton: str
 
 
-KINDS = ("softmax", "positives", "sigmoid", "hinge", "hardest", "topk", "ranks", "matrix")
+KINDS = ("softmax", "positives", "sigmoid", "hinge", "hardest", "topk", "ranks", "matrix", "vocabulary")
 LIGHT = ("softmax",)  # few numbers an element, in bfloat16; half a tile has the registers for all else
 DESCRIPTORS = ("sm_90", "sm_100")  # targets with a copy unit that takes tiles
 OPERANDS = ("bfloat16", "float16", "bf16x3", "tf32", "ieee", "ieee of bfloat16", "ieee of float16")

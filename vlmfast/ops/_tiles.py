@@ -429,8 +429,12 @@ class Gradients:
         workspace: int,
         dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
         factor: Tensor | None = None,
+        whole_rows: bool = False,
     ) -> None:
-        """factor: [] float32, of dx and dy; where it is known from the start, one side is done a band at a time."""
+        """factor: [] float32, of dx and dy; where it is known from the start, one side is done a band at a time.
+
+        whole_rows: a block is as wide as S, and STEP rows high at least.
+        """
         self.pair, self.need_x, self.need_y, self.factor = p, need_x, need_y, factor
         M, N, _, _ = p.sizes
         # The block that fits the workspace: square, but as wide as the matrix is when that is less high.
@@ -439,6 +443,8 @@ class Gradients:
         self.height = min(M, side)
         self.width = min(N, max(side, numbers // self.height // STEP * STEP))
         self.height = min(M, max(self.height, numbers // self.width // STEP * STEP))
+        if whole_rows:
+            self.width, self.height = N, min(M, max(STEP, numbers // N // STEP * STEP))
         planes = 2 if p.split else 1
         self.stride = cdiv(self.width, 16) * 16  # rows start on whole words, however many columns there are
         self.G = torch.empty(planes, self.height, self.stride, dtype=p.gradient, device=p.x.device)

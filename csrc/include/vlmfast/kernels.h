@@ -78,6 +78,25 @@ void similarity_topk(const Pair& pair, int64_t k, float* values, int64_t* indice
 void rank_counts(const Pair& pair, const int64_t* positives, int64_t P, int64_t* above,  // positives [M, P], -1 none
                  int64_t* ties);
 
+// ---- linear_cross_entropy -----------------------------------------------------------------------------------------
+// Logits z [M, V] = x w^T + bias; row i's loss is lse_i - (1 - smoothing) z_i,label - smoothing mean_j z_ij + z_loss
+// lse_i^2 (docs/maths.md).
+struct VocabularyCall {
+  Matrix x, w;  // [M, D], [V, D]
+  int64_t D;
+  const float* bias;      // [V] or nullptr
+  const int64_t* labels;  // [M], each in [0, V)
+  const float* weight;    // [M]: gradients are those of sum_i weight_i loss_i
+  float smoothing, z_loss;
+  int64_t workspace;  // bytes of logits held at one time
+  int threads;
+};
+
+// Fills losses and lse [M], natural log; with `known`, lse comes from the caller and losses are not touched. dx [M, D],
+// dw [V, D] and dbias [V] are nullptr where they are not needed.
+void linear_cross_entropy(const VocabularyCall& call, bool known, double* losses, double* lse, float* dx, float* dw,
+                          float* dbias);
+
 // ---- patch_embedding ----------------------------------------------------------------------------------------------
 // Patch n = (image, position) is a row of K = C t p q pixels x; it counts as x * scale[c] + shift[c]. Images come as a
 // strided view, so that every layout is one: NCHW, NHWC, video, packed patches.
@@ -112,6 +131,13 @@ struct Running {
   double* total;
   float* positive_reference;  // IN only
   double* positive;           // INDEX, OUT: (sum over) positives of z log2(e); IN: their total
+};
+
+// What a tile of logits says of each of its rows, in base 2.
+struct LogitParts {
+  float *reference, *total;  // sum_j 2^z = 2^reference * total
+  double* logits;            // sum_j z, where labels are smoothed
+  double* target;            // the label's z, where the tile holds it
 };
 
 // Products of bytes, where the processor has them. A is panels [rows / 8][depth / 4][8 rows][4 of the depth] of pixels;
@@ -168,6 +194,15 @@ struct Kernels {
   void (*topk)(const Tile& tile, int64_t k, float* values, int64_t* indices);
   void (*topk_sort)(int64_t k, float* values, int64_t* indices);
   void (*rank)(const Tile& tile, const float* best, int64_t* above, int64_t* ties);
+  // Columns [column, column + columns) of rows [begin, begin + rows), as slices.
+  void (*pack_columns)(const Matrix& x, int64_t D, int64_t column, int64_t columns, int64_t begin, int64_t rows,
+                       int64_t width, float* out);
+  // These columns of dx, from the first on, += G y.
+  void (*accumulate_columns)(const Tile& tile, const float* y_slices, int64_t columns, int64_t D, float* dx);
+  // S becomes z log2(e); `parts` begin at the tile's first row.
+  void (*vocabulary_logits)(const Tile& tile, const VocabularyCall& call, const LogitParts& parts);
+  // z log2(e) becomes dL/dz; dbias [V], or nullptr, += its columns' sums.
+  void (*vocabulary_gradient)(const Tile& tile, const VocabularyCall& call, const double* lse, float* dbias);
   double (*flops_of_micro)(int64_t D, int64_t repeats, const float* a, const float* b, float* c);
 };
 
