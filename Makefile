@@ -11,10 +11,10 @@ demo: $(VENV)/.native ## train CLIP on real digits through the fused loss, and m
 	$(BIN)/vlmfast demo --out demo
 
 test: $(VENV)/.native ## every test
-	VLMFAST_REQUIRE=cpu $(BIN)/python -m pytest
+	VLMFAST_REQUIRE=cpu $(BIN)/python -m pytest -n 2
 
 test-noext: $(VENV)/.pinned ## every test as on a machine without a compiler: the reference alone
-	VLMFAST_NO_EXT=1 $(BIN)/python -m pytest
+	VLMFAST_NO_EXT=1 $(BIN)/python -m pytest -n 2
 
 bench: $(VENV)/.native ## every op beside its rivals, under pytest-benchmark
 	$(BIN)/python -m pytest benchmarks/ops

@@ -185,7 +185,7 @@ def test_each_rank_draws_its_own(tmp_path, monkeypatch):
         seeds.append(torch.initial_seed())
         return model(batch.x, batch.y)
 
-    monkeypatch.setattr("ranks.LOSS", SplitLoss(embed, loss))
+    monkeypatch.setattr("world_runs.LOSS", SplitLoss(embed, loss))
     monkeypatch.setattr("vlmfast.train.checkpoint.save_checkpoint", lambda *_, **__: None)
     for rank in (0, 1):
         train(tmp_path / str(rank), World(rank=rank, world_size=2))
