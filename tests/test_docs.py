@@ -146,7 +146,7 @@ def test_named_flags_exist(path):
 
 
 def command_flags(command: str) -> list[str]:
-    config = importlib.import_module("vlmfast.recipes." + command.replace(" ", "_")).Config
+    config = importlib.import_module("vlmfast.recipes." + cli.module_name(command)).Config
     return ["--" + field.name.replace("_", "-") for field in dataclasses.fields(config)]
 
 

@@ -49,9 +49,9 @@ def main(args: Sequence[str] | None = None) -> int:
         Exception: what the command raised, unless it is one of FAILURES; those too when debugging.
     """
     words = list(sys.argv[1:] if args is None else args)
-    command = next((name for name in COMMANDS if words[: len(name.split())] == name.split()), None)
+    command = _command(words)
     try:
-        status = _top_level(words) if command is None else _run(command, words[len(command.split()) :])
+        status = _top_level(words) if command is None else _run(command, _flags(command, words))
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # the reader of our output, such as head, has seen enough
@@ -67,6 +67,19 @@ def main(args: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _command(words: list[str]) -> str | None:
+    """The command that the words begin with, the longest if there are several."""
+    if words[:1] == ["train"] and any(word.split("=")[0] == "--task" for word in words):
+        return "train --task"
+    return max((name for name in COMMANDS if words[: len(name.split())] == name.split()), key=len, default=None)
+
+
+def _flags(command: str, words: list[str]) -> list[str]:
+    """The words after the command; asked for help, nothing else counts."""
+    flags = words[len(command.split(" --")[0].split()) :]
+    return ["--help"] if "--help" in flags else flags
+
+
 def _run(command: str, words: list[str]) -> int:
     """Parses the flags into the command's Config, refusing unknown ones with the nearest name, and runs it."""
     try:
@@ -78,7 +91,7 @@ def _run(command: str, words: list[str]) -> int:
     try:
         config = tyro.cli(
             module.Config,
-            prog=f"vlmfast {command}",
+            prog=f"vlmfast {command.split(' --')[0]}",
             args=words,
             description=inspect.getdoc(module.Config),
             config=(tyro.conf.FlagCreatePairsOff, *positional),
@@ -89,7 +102,16 @@ def _run(command: str, words: list[str]) -> int:
 
 
 def _module(command: str) -> ModuleType:
-    return importlib.import_module("vlmfast.recipes." + command.replace(" ", "_"))
+    return importlib.import_module("vlmfast.recipes." + module_name(command))
+
+
+def module_name(command: str) -> str:
+    """The file in `vlmfast/recipes/` that a command runs, without its ending.
+
+    Args:
+        command: one of COMMANDS.
+    """
+    return {"train --task": "train_vlm"}.get(command) or command.replace(" ", "_").replace("-", "_")
 
 
 def _top_level(words: list[str]) -> int:

@@ -415,7 +415,7 @@ def _groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str
     return json.loads(
         json.dumps(
             [
-                {key: value for key, value in group.items() if key not in ("params", "lr", "initial_lr")}
+                {key: value for key, value in group.items() if key not in ("params", "lr", "initial_lr", "lr_scale")}
                 | {"params": [names[parameter] for parameter in group["params"]]}
                 for group in optimizer.param_groups
             ]

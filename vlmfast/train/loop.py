@@ -17,7 +17,7 @@ from vlmfast.train.ema import Ema
 from vlmfast.train.log import FILE, MetricsLog
 from vlmfast.train.progress import show_progress
 from vlmfast.train.schedule import Schedule
-from vlmfast.train.step import LossFn, cached_step, plain_step
+from vlmfast.train.step import LossFn, SummedLoss, accumulated_step, cached_step, plain_step
 from vlmfast.train.world import World, inner, is_sharded
 
 Evaluator = Callable[[nn.Module], Mapping[str, float]]
@@ -91,7 +91,8 @@ def fit(
             a checkpoint's path. If that lies in `out`, the run goes back to it and later metrics are cut off.
         precision: "fp32", or "amp_bf16" for bfloat16 autocast around loss_fn.
         grad_clip_norm: longest gradient; None for no clipping.
-        micro_batch_size: take each step in pieces of so many samples, by `cached_step`; None: at once.
+        micro_batch_size: take each step in pieces of so many samples, by `accumulated_step` for a SummedLoss, else by
+            `cached_step`; None: at once.
         ema: decay of a mean of the weights, kept beside them in the checkpoints; see `Ema`.
         seed: any integer.
         run: what else must be the same for a checkpoint to be this run's, as JSON holds it (batch size, model, data).
@@ -136,7 +137,9 @@ def fit(
     device = next(model.parameters()).device
     step_how: dict[str, Any] = {"precision": precision, "grad_clip_norm": grad_clip_norm, "group": world.group}
     take_step: Callable[..., dict[str, float]] = plain_step
-    if micro_batch_size is not None:
+    if isinstance(loss_fn, SummedLoss):
+        take_step, step_how["micro_batch_size"] = accumulated_step, micro_batch_size
+    elif micro_batch_size is not None:
         take_step, step_how["micro_batch_size"] = cached_step, micro_batch_size
 
     with (
@@ -154,7 +157,7 @@ def fit(
             if batch is None:
                 raise DataError(f"fit: the batches ended after step {step} of {steps}; give more epochs or fewer steps")
             batch = batch.to(device, non_blocking=True)
-            clock.loaded(len(batch))
+            clock.loaded(len(batch), getattr(batch, "tokens", 0))
             torch.manual_seed(random_int(seed, step, *([world.rank] if world.rank else [])))
             metrics = take_step(model, loss_fn, batch, optimizer, schedule(step), step=done, **step_how)
             if means is not None:
@@ -230,20 +233,26 @@ class _Clock:
 
     def __init__(self, world_size: int) -> None:
         self._world_size = world_size
-        self._steps, self._samples, self._data_s, self._step_s = 0, 0, 0.0, 0.0
+        self._steps, self._samples, self._tokens, self._data_s, self._step_s = 0, 0, 0, 0.0, 0.0
 
     def start(self) -> None:
         self._began = time.perf_counter()
 
-    def loaded(self, samples: int) -> None:
+    def loaded(self, samples: int, tokens: int) -> None:
         self._samples += samples
+        self._tokens += tokens
         self._data_s += time.perf_counter() - self._began
 
     def stop(self) -> dict[str, float]:
-        """The means so far, under open_clip's names; samples of all ranks and of this one, times in seconds a step."""
+        """The means so far, under open_clip's names; samples of all ranks and of this one, times in seconds a step.
+
+        Tokens are those of all ranks, if every rank has as many as this one.
+        """
         self._steps += 1
         self._step_s += time.perf_counter() - self._began
+        tokens = {"tokens_per_second": self._world_size * self._tokens / self._step_s} if self._tokens else {}
         return {
+            **tokens,
             "samples_per_second": self._world_size * self._samples / self._step_s,
             "samples_per_second_per_gpu": self._samples / self._step_s,
             "data_time": self._data_s / self._steps,

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from vlmfast.train.world import inner
 
-def parameter_groups(model: nn.Module, weight_decay: float = 0.2) -> list[dict[str, Any]]:
-    """The model's trainable parameters in two groups, with and without weight decay.
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float = 0.2, lr_scales: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """The model's trainable parameters in two groups, with and without weight decay; twice as many for each part.
 
     A parameter does not decay if it has at most one dimension (gains, biases, logit_scale), or if its module, or one
     that holds it, names it in `no_weight_decay()` (class and position embeddings).
@@ -17,15 +22,18 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.2) -> list[dict[s
     Args:
         model: any module; modules inside may have `no_weight_decay() -> set of names relative to themselves`.
         weight_decay: of the group that decays.
+        lr_scales: name of a module inside -> what its parameters' learning rate is multiplied by at every step.
 
     Returns:
-        Groups as torch.optim takes them, each with a "name"; a group without parameters is left out.
+        Groups as torch.optim takes them, each with a "name", those of `lr_scales` with "lr_scale"; a group without
+        parameters is left out.
 
     Raises:
         ValueError: the model has no trainable parameter, or `no_weight_decay()` names one that does not exist.
 
     Source: open_clip `wd_param_groups`; Radford et al. 2021, section 2.5.
     """
+    model = inner(model)
     names = dict(model.named_parameters())
     spared = set()
     for path, module in model.named_modules():
@@ -34,17 +42,18 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.2) -> list[dict[s
             spared |= {f"{path}.{name}" if path else name for name in declared()}
     if unknown := sorted(spared - names.keys()):
         raise ValueError(f"parameter_groups: no_weight_decay() names parameters that do not exist: {unknown}")
-    decaying: list[nn.Parameter] = []
-    still: list[nn.Parameter] = []
+    parts: dict[str, float] = {**(lr_scales or {}), "": 1.0}
+    groups: list[dict[str, Any]] = []
+    for part, scale in parts.items():
+        rate = {"lr_scale": scale} if part else {}
+        for kind, decay in (("decay", weight_decay), ("no_decay", 0.0)):
+            groups.append({"params": [], "weight_decay": decay, "name": f"{part} {kind}".strip(), **rate})
     for name, parameter in names.items():
         if parameter.requires_grad:
-            (still if parameter.ndim <= 1 or name in spared else decaying).append(parameter)
-    if not decaying and not still:
+            part = next(i for i, part in enumerate(parts) if not part or f"{name}.".startswith(f"{part}."))
+            groups[2 * part + (parameter.ndim <= 1 or name in spared)]["params"].append(parameter)
+    if not any(group["params"] for group in groups):
         raise ValueError("parameter_groups: the model has no trainable parameter")
-    groups = [
-        {"params": decaying, "weight_decay": weight_decay, "name": "decay"},
-        {"params": still, "weight_decay": 0.0, "name": "no_decay"},
-    ]
     return [group for group in groups if group["params"]]
 
 
@@ -55,8 +64,9 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.98),
     eps: float = 1e-6,
     weight_decay: float = 0.2,
+    lr_scales: Mapping[str, float] | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups(model, weight_decay)`, with the paper's settings for ViT towers.
+    """AdamW over `parameter_groups(model, weight_decay, lr_scales)`, with the paper's settings for ViT towers.
 
     Args:
         model: any module.
@@ -64,6 +74,7 @@ def adamw(
         betas: decays of the two running means.
         eps: added to the denominator.
         weight_decay: of the parameters that decay.
+        lr_scales: name of a module inside -> what the learning rate of its parameters is multiplied by.
 
     Returns:
         The optimizer, in torch's fused form.
@@ -73,4 +84,4 @@ def adamw(
 
     Source: Radford et al. 2021, table 19; open_clip `create_optimizer`.
     """
-    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, betas=betas, eps=eps, fused=True)
+    return torch.optim.AdamW(parameter_groups(model, weight_decay, lr_scales), lr=lr, betas=betas, eps=eps, fused=True)

@@ -1,4 +1,8 @@
-"""One step of training, as a function: at once, or in micro-batches with the same gradients in less memory."""
+"""One step of training, as a function: at once, or in micro-batches with the same gradients in less memory.
+
+`cached_step` is for losses that compare all samples of a batch with one another, `accumulated_step` for those that are
+sums over its samples.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +47,23 @@ class SplitLoss:
         return self.loss(self.embed(model, batch), batch)
 
 
+@dataclass(frozen=True)
+class SummedLoss:
+    """A loss that is a sum over the parts of a batch, divided by a count of the whole: what `accumulated_step` takes.
+
+    It is a LossFn, too, and can be given to `plain_step` as it is, for one process.
+    """
+
+    loss: Callable[[nn.Module, Any, Tensor], Mapping[str, Tensor]]
+    """(model, batch or a piece of it, count []) -> scalars by name, each a sum over the batch's samples / count. It
+    calls `model(...)`, so that the hooks of DDP and FSDP run, and every parameter that is trained takes part in it."""
+    count: Callable[[Any], Tensor]
+    """batch -> [] float32, how many terms the sums have over the whole batch (supervised tokens, say)."""
+
+    def __call__(self, model: nn.Module, batch: Any) -> Mapping[str, Tensor]:
+        return self.loss(model, batch, self.count(batch).clamp(min=1))
+
+
 def plain_step(
     model: nn.Module,
     loss_fn: LossFn,
@@ -67,7 +88,7 @@ def plain_step(
         loss_fn: (model, batch) -> scalars by name; the sum of those whose name ends in "_loss" is minimised.
         batch: what loss_fn takes, on the model's device.
         optimizer: over the model's parameters.
-        lr: learning rate of this step, set in every group.
+        lr: learning rate of this step, set in every group; a group with an "lr_scale" takes so many times it.
         step: the number of this step, from 1, for the error.
         precision: "fp32", or "amp_bf16" for bfloat16 autocast around loss_fn.
         grad_clip_norm: longest gradient, all parameters together; None for no clipping.
@@ -196,6 +217,73 @@ def cached_step(
     return _finish(model, optimizer, scalars, lr, step, grad_clip_norm, group)
 
 
+def accumulated_step(
+    model: nn.Module,
+    loss_fn: SummedLoss,
+    batch: Any,
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    *,
+    step: int,
+    micro_batch_size: int | None = None,
+    precision: str = "fp32",
+    grad_clip_norm: float | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> dict[str, float]:
+    """The metrics of one step of training whose loss is the mean over all terms of all ranks, taken piece by piece.
+
+    Equals, for one process and but for the order of sums and for random numbers inside the model:
+        plain_step(model, loss_fn, batch, optimizer, lr, step=step, ...)
+
+    Each piece's sums are divided by the count of the whole batch (over ranks: by the mean count of a rank, so that the
+    ranks' mean, as DDP and FSDP2 take it, is the mean over all terms): the gradients of the pieces simply add up,
+    however unevenly the terms lie on pieces and ranks. Dividing each piece by its own count would weigh a term of a
+    short answer more than one of a long answer.
+
+    Gradients travel between ranks with the last backward alone.
+
+    Args:
+        model: as for `plain_step`.
+        loss_fn: the sums of a piece, and the count of a batch.
+        batch: on the model's device, with `len(batch)` and `batch.split(size)` -> its pieces in order.
+        optimizer: over the model's parameters.
+        lr: learning rate of this step; a group with an "lr_scale" takes so many times it.
+        step: the number of this step, from 1, for the error.
+        micro_batch_size: samples whose activations are held at one time; None: all of them.
+        precision: "fp32", or "amp_bf16" for bfloat16 autocast around loss_fn.
+        grad_clip_norm: longest gradient, all parameters together; None for no clipping.
+        group: the ranks that take this step together, each with as many pieces; None for one process.
+
+    Returns:
+        As `plain_step`; every scalar of loss_fn is added up over the pieces.
+
+    Raises:
+        NonFiniteError: the loss or the gradient is not finite, on any rank; the weights are untouched.
+        ValueError: micro_batch_size < 1, loss_fn gave no "_loss", or precision is unknown.
+    Source: the count over all pieces is what transformers' Trainer passes as `num_items_in_batch`.
+    """
+    if micro_batch_size is not None and micro_batch_size < 1:
+        raise ValueError(f"accumulated_step: micro_batch_size must be at least 1; got {micro_batch_size}")
+    mixed = _autocast(model, precision)
+    pieces = [batch] if micro_batch_size is None else batch.split(micro_batch_size)
+    count = loss_fn.count(batch).clone()
+    ranks = 1
+    if group is not None:
+        dist.all_reduce(count, group=group)
+        ranks = dist.get_world_size(group)
+    count = count.clamp_(min=1) / ranks  # without a single term the sums are 0, and so is the loss
+
+    optimizer.zero_grad(set_to_none=True)
+    sums: dict[str, Tensor] = {}
+    for i, piece in enumerate(pieces):
+        with _reducing(model, i == len(pieces) - 1):
+            with mixed():
+                scalars = dict(loss_fn.loss(model, piece, count))
+            _total(scalars).backward()
+        sums = {name: sums.get(name, 0) + value.detach() for name, value in scalars.items()}
+    return _finish(model, optimizer, sums, lr, step, grad_clip_norm, group)
+
+
 def _autocast(model: nn.Module, precision: str) -> Callable[[], AbstractContextManager]:
     """A context for what runs in that precision, new at each call."""
     if precision not in PRECISIONS:
@@ -315,7 +403,7 @@ def _finish(
     if grad_clip_norm is not None:
         nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip_norm, grad_norm)
     for each in optimizer.param_groups:
-        each["lr"] = lr
+        each["lr"] = lr * each.get("lr_scale", 1.0)
     optimizer.step()
     torch.clear_autocast_cache()  # under an outer autocast, casts of the old weights would be taken for the new ones
     if isinstance(logit_scale, nn.Parameter):

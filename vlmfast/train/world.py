@@ -182,7 +182,7 @@ def shard(model: nn.Module, world: World) -> nn.Module:
     for block in blocks(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    for method in ("encode_image", "encode_text"):  # what evaluators call
+    for method in ("encode_image", "encode_text", "generate", "score"):  # what evaluators call
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)
     model.points = points  # type: ignore[assignment]
