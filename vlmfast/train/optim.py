@@ -29,7 +29,7 @@ def parameter_groups(
         parameters is left out.
 
     Raises:
-        ValueError: the model has no trainable parameter, or `no_weight_decay()` names one that does not exist.
+        ValueError: the model has no trainable parameter, or `no_weight_decay()` or `lr_scales` name what is not there.
 
     Source: open_clip `wd_param_groups`; Radford et al. 2021, section 2.5.
     """
@@ -43,6 +43,8 @@ def parameter_groups(
     if unknown := sorted(spared - names.keys()):
         raise ValueError(f"parameter_groups: no_weight_decay() names parameters that do not exist: {unknown}")
     parts: dict[str, float] = {**(lr_scales or {}), "": 1.0}
+    if absent := [part for part in parts if part and not any(f"{name}.".startswith(f"{part}.") for name in names)]:
+        raise ValueError(f"parameter_groups: lr_scales names {absent}, in which the model has no parameters")
     groups: list[dict[str, Any]] = []
     for part, scale in parts.items():
         rate = {"lr_scale": scale} if part else {}
@@ -50,8 +52,8 @@ def parameter_groups(
             groups.append({"params": [], "weight_decay": decay, "name": f"{part} {kind}".strip(), **rate})
     for name, parameter in names.items():
         if parameter.requires_grad:
-            part = next(i for i, part in enumerate(parts) if not part or f"{name}.".startswith(f"{part}."))
-            groups[2 * part + (parameter.ndim <= 1 or name in spared)]["params"].append(parameter)
+            place = next(i for i, part in enumerate(parts) if not part or f"{name}.".startswith(f"{part}."))
+            groups[2 * place + (parameter.ndim <= 1 or name in spared)]["params"].append(parameter)
     if not any(group["params"] for group in groups):
         raise ValueError("parameter_groups: the model has no trainable parameter")
     return [group for group in groups if group["params"]]
@@ -80,7 +82,7 @@ def adamw(
         The optimizer, in torch's fused form.
 
     Raises:
-        ValueError: the model has no trainable parameter.
+        ValueError: as `parameter_groups`.
 
     Source: Radford et al. 2021, table 19; open_clip `create_optimizer`.
     """
