@@ -24,7 +24,17 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 # Of the time, when all parts run.
-SHARES = {"tests": 0.29, "loss": 0.27, "topk": 0.06, "attention": 0.09, "patch": 0.05, "model": 0.13, "step": 0.11}
+SHARES = {
+    "tests": 0.26,
+    "loss": 0.24,
+    "topk": 0.06,
+    "attention": 0.08,
+    "patch": 0.05,
+    "model": 0.12,
+    "step": 0.10,
+    "vlm": 0.05,
+    "decode": 0.04,
+}
 GRACE_S = 40  # on top, for the call that is under way when the time is spent
 SHOWN = 25  # failures, with a line each
 SMALL = {"batch": 1024, "items": 128, "queries": 128, "dim": 8}  # on a processor sizes are divided by these
@@ -80,6 +90,21 @@ SCRIPTS = {
         ["benchmarks/train/bench_cached_step.py", "--captions", "real", "--rounds", "3"],
         ["--batch", "16", "--pieces", "4", "--large-batch", "32", "--micro-batch", "8"],
     ),
+    "vlm": (  # the head of a language model at the size of Llama 3
+        ["benchmarks/ops/bench_linear_cross_entropy.py", "--rounds", "5", "--supervised", "0.05,0.15,0.5,1"]
+        + [
+            "--rows",
+            "4096",
+            "--width",
+            "4096",
+            "--tokens",
+            "128256",
+            "--providers",
+            "vlmfast,liger,quack,eager-picked",
+        ],
+        ["--rows", "64", "--width", "64", "--tokens", "512", "--rounds", "1", "--providers", "vlmfast,eager-picked"],
+    ),
+    "decode": (["benchmarks/models/bench_decode.py"], ["--rounds", "1"]),
 }
 TESTS = [["tests/ops", "tests/losses", "-k", "triton or losses"], ["tests/ops", "-k", "not triton"]]
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What this machine's NVIDIA GPU has to show: the tests on it, and the benchmarks beside their rivals, as dated JSON.
 #
-#     benchmarks/gpu_check.sh [--part tests,loss,topk,attention,patch,model,step|all] [--quick] [--minutes 8] [--out DIR] [--peers DIR]
+#     benchmarks/gpu_check.sh [--part tests,loss,topk,attention,patch,model,step,vlm,decode|all] [--quick] [--minutes 8] [--out DIR] [--peers DIR]
 #
 # Runs from a checkout with whatever PyTorch and Triton $PYTHON (python3) has, installs nothing and needs no network.
 set -euo pipefail
