@@ -8,7 +8,7 @@ import pytest
 
 from vlmfast import cli
 from vlmfast.recipes import demo, demo_report
-from vlmfast.recipes.train import FLAGS_FILE
+from vlmfast.recipes.run_flags import FLAGS_FILE
 
 TINY = ["--steps", "6", "--batch-size", "32", "--bench-batch", "32", "--bench-dim", "16", "--bench-seconds", "0"]
 

@@ -8,6 +8,7 @@ import torch
 from vlmfast import cli
 from vlmfast.data.digits import digits
 from vlmfast.recipes import train
+from vlmfast.recipes.run_flags import FLAGS_FILE
 from vlmfast.recipes.sources import DataFlags, Nudged, nudge, open_pairs
 from vlmfast.train import read_metrics
 
@@ -36,7 +37,7 @@ def test_train_resume_eval(tmp_path, capsys):
     whole = ["--steps", "8", "--lr-scheduler", "const"]
     assert cli.main(["train", "--logs", str(tmp_path), "--name", "whole", *TINY, *whole]) == 0
     assert losses(tmp_path) == losses(tmp_path, "whole")  # to the bit
-    files = [tmp_path / "run" / name for name in (train.FLAGS_FILE, train.MODEL_FILE, "metrics.jsonl")]
+    files = [tmp_path / "run" / name for name in (FLAGS_FILE, train.MODEL_FILE, "metrics.jsonl")]
     before = [file.read_bytes() for file in files]
     assert training(tmp_path, *whole, "--siglip", "--resume", "latest") == 1  # refused, and nothing is changed
     assert [file.read_bytes() for file in files] == before
@@ -168,7 +169,7 @@ def test_bad_input_is_said(words, message, capsys, tmp_path, monkeypatch):
 
 def test_a_run_is_never_overwritten(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("VLMFAST_DEBUG", raising=False)
-    flags = tmp_path / "run" / train.FLAGS_FILE
+    flags = tmp_path / "run" / FLAGS_FILE
     flags.parent.mkdir()
     flags.write_text("{}")
     assert training(tmp_path, "--steps", "3") == 1

@@ -27,6 +27,7 @@ from vlmfast.recipes import train
 from vlmfast.recipes.demo_report import Query, Results, Trained, html, show, summary
 from vlmfast.recipes.eval import BATCH, digit_prompts, evaluators
 from vlmfast.recipes.pretrained import load_run
+from vlmfast.recipes.run_flags import FLAGS_FILE
 from vlmfast.train import evaluate, read_metrics
 
 LOSS = "train/contrastive_loss"
@@ -143,7 +144,7 @@ def _train(config: Config, which: Literal["fused", "reference"]) -> Trained:
     """One of the two runs, and its scores on scans and with captions that it never saw."""
     folder = config.out / which
     if folder.exists():
-        if not (folder / train.FLAGS_FILE).exists():
+        if not (folder / FLAGS_FILE).exists():
             raise DataError(f"{folder} is not a run of the demo; name another folder by --out")
         shutil.rmtree(folder)
     print(f"training: {config.steps} steps through the {which} loss")

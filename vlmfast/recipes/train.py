@@ -14,13 +14,10 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, replace
-from datetime import datetime
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
-
-from torch import nn
 
 from vlmfast.data.batch import Batches, batches, is_stream, steps_per_epoch
 from vlmfast.data.tokenize import Tokenizer, load_tokenizer, train_tokenizer
@@ -29,6 +26,16 @@ from vlmfast.models import Clip, ClipConfig, build_clip, load_config
 from vlmfast.recipes.eval import evaluators
 from vlmfast.recipes.objective import contrastive
 from vlmfast.recipes.pretrained import MODEL_FILE, TOKENIZER_FILE
+from vlmfast.recipes.run_flags import (
+    RunFlags,
+    placed,
+    print_last,
+    resumed_folder,
+    run_folder,
+    schedule_of,
+    step_sizes,
+    write_flags,
+)
 from vlmfast.recipes.sources import (
     TrainDataFlags,
     captions,
@@ -38,18 +45,16 @@ from vlmfast.recipes.sources import (
     tell_skipped,
     train_samples,
 )
-from vlmfast.train import SplitLoss, adamw, fit, warmup_constant, warmup_cosine
+from vlmfast.train import SplitLoss, adamw, fit
 from vlmfast.train.checkpoint import replace_text
 from vlmfast.train.loop import Evaluator
-from vlmfast.train.schedule import Schedule
-from vlmfast.train.world import World, blocks, replicate, shard, start
+from vlmfast.train.world import World, start
 
-FLAGS_FILE = "flags.json"
 SIGLIP_SCALE, SIGLIP_BIAS = math.log(10), -10.0  # Zhai et al. 2023, where the sigmoid loss starts
 
 
 @dataclass(kw_only=True)
-class Config(TrainDataFlags):
+class Config(TrainDataFlags, RunFlags):
     """Trains a CLIP and leaves weights, tokenizer and metrics in logs/NAME.
 
     For example:
@@ -77,15 +82,6 @@ class Config(TrainDataFlags):
     """A tokenizer.json, or OpenAI's bpe_simple_vocab_16e6.txt.gz. Default: train one on the captions."""
     batch_size: int = 128
     """Pairs a step, of each rank."""
-    accum_freq: int = 1
-    """A step has so many times --batch-size pairs, compared all with all, in pieces of --batch-size: its gradients are
-    those of the large batch, its memory that of a piece."""
-    micro_batch_size: int | None = None
-    """The same from the other side: take the --batch-size pairs of a step in pieces of this size."""
-    epochs: int = 32
-    """Passes over the data."""
-    steps: int | None = None
-    """Length of the run in steps, instead of --epochs."""
     lr: float = 1.5e-3
     """Highest learning rate."""
     beta1: float = 0.9
@@ -96,26 +92,6 @@ class Config(TrainDataFlags):
     """AdamW."""
     wd: float = 0.2
     """Weight decay; gains, biases, positions and the scale take none."""
-    warmup: int = 20
-    """Steps in which the learning rate rises."""
-    lr_scheduler: Literal["cosine", "const"] = "cosine"
-    """What the learning rate does after."""
-    precision: Literal["fp32", "amp_bf16"] = "fp32"
-    """amp_bf16: bfloat16 autocast."""
-    grad_clip_norm: float | None = None
-    """Longest gradient, all parameters together."""
-    grad_checkpointing: bool = False
-    """Keep the blocks' inputs alone for the backward, and run each block twice."""
-    torchcompile: bool = False
-    """Compile the model; with --fsdp each block."""
-    torchcompile_backend: str = "inductor"
-    """What compiles it, as torch.compile takes it."""
-    ema: float | None = None
-    """Decay of a mean of the weights, such as 0.9999, which checkpoints hold beside them (ema.safetensors)."""
-    fsdp: bool = False
-    """Several ranks: share parameters and optimizer out among them (FSDP2), instead of a copy on each (DDP)."""
-    fsdp_checkpoint: Literal["full", "sharded"] = "full"
-    """sharded: each rank writes its parts; either can be resumed by any of DDP, FSDP and one process."""
     local_loss: bool = False
     """Several ranks: as open_clip's. Without this flag and the next, gradients are those of one process with all
     pairs, as they are with both; open_clip's without both are too small. This one alone gives another objective."""
@@ -129,31 +105,6 @@ class Config(TrainDataFlags):
     """Softmax: how samples of one id (a digit's class, an image's captions) count for each other. out and soft: by the
     mean of their log-probabilities; in: by the log of their summed probability; pair: not at all, as in CLIP. Default:
     pair for tars and synthetic, where each sample has an id of its own, else out."""
-    device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one."""
-    workers: int = 0
-    """Threads that prepare batches ahead."""
-    seed: int = 0
-    """Of weights, order and random changes of images."""
-    logs: Path = Path("logs")
-    """Where runs are kept."""
-    name: str = ""
-    """The run's folder in --logs. Default: the time and the model."""
-    resume: str | None = None
-    """latest, or a checkpoint's path: go on from there, to the same bits as a run that never stopped."""
-    elastic: bool = False
-    """Resume from a checkpoint of another number of ranks, too: the pairs of a step must be as many; tars are dealt out
-    anew and read from the first on."""
-    save_frequency: float = 1.0
-    """Epochs between two checkpoints; 0 for the last step only, as for the next."""
-    val_frequency: float = 1.0
-    """Epochs between two evaluations."""
-    log_every_n_steps: int = 10
-    """Steps between two lines of metrics."""
-    report_to: Literal["", "tensorboard"] = ""
-    """tensorboard: write event files too."""
-    json: bool = False
-    """Print the last value of every metric as one JSON object."""
 
 
 @dataclass(frozen=True)
@@ -179,12 +130,7 @@ def run(config: Config) -> None:
         done = train(config, world)
         if not world.main:
             return
-    if config.json:
-        print(json.dumps({"folder": str(done.folder), **done.last}))
-        return
-    for name, value in done.last.items():
-        print(f"{name:<40} {value:.6g}")
-    print(f"{done.folder}: evaluate it with vlmfast eval --pretrained {done.folder}")
+    print_last(config, done.folder, done.last, f"evaluate it with vlmfast eval --pretrained {done.folder}")
 
 
 def train(config: Config, world: World | None = None) -> Run:
@@ -198,8 +144,10 @@ def train(config: Config, world: World | None = None) -> Run:
         BackendError: --fsdp without torchrun.
     """
     world = world or World(device=pick_device(config.device))
-    step_size, micro_batch_size = _sizes(config)
-    folder = world.first(lambda: _folder(config))
+    step_size, micro_batch_size = step_sizes(config, config.batch_size)
+    if config.local_loss and not config.gather_with_grad and (config.siglip or _positives(config) != "pair"):
+        raise DataError("--local-loss without --gather-with-grad is for --positives pair, without --siglip")
+    folder = world.first(lambda: run_folder(config, Path(_model_name(config)).stem))
     architecture = load_config(_model_name(config))
     image_size = image_side(architecture)
     dataset = open_pairs(config, config.train_data, "train", image_size, config.train_num_samples)
@@ -212,11 +160,12 @@ def train(config: Config, world: World | None = None) -> Run:
             f"--batch-size {config.batch_size}: a step of {all_ranks} pairs is more than the {samples} training samples"
         )
     steps = config.steps or config.epochs * per_epoch
-    schedule = _schedule(config, steps)
+    schedule = schedule_of(config, config.lr, steps)
     held_out = _evaluators(config, tokenizer, image_size)
     stream = partial(_stream, config, dataset, tokenizer, step_size, world)
     stream(0)  # what is wrong with the data is said before the run begins
-    clip, model = _model(config, architecture, world)
+    clip = build_clip(architecture, seed=config.seed).to(world.device)
+    model = placed(clip, config, world)
     last = fit(
         model,
         _objective(config, world),
@@ -251,37 +200,8 @@ def train(config: Config, world: World | None = None) -> Run:
     return Run(folder, clip, tokenizer, last)
 
 
-def _sizes(config: Config) -> tuple[int, int | None]:
-    """Pairs of a rank's step, and of its pieces if it is taken in pieces."""
-    numbers = (config.batch_size, config.accum_freq, config.epochs if config.steps is None else config.steps)
-    if min(numbers) < 1:
-        raise DataError("--batch-size, --accum-freq, --epochs and --steps must be at least 1")
-    if config.accum_freq > 1 and config.micro_batch_size is not None:
-        raise DataError(
-            "--accum-freq and --micro-batch-size say the same from two sides; give one of them: a step has "
-            "--accum-freq times --batch-size pairs, or --batch-size in pieces of --micro-batch-size"
-        )
-    if config.fsdp_checkpoint == "sharded" and not config.fsdp:
-        raise DataError("--fsdp-checkpoint sharded needs --fsdp: without it each rank holds the whole model")
-    if config.local_loss and not config.gather_with_grad and (config.siglip or _positives(config) != "pair"):
-        raise DataError("--local-loss without --gather-with-grad is for --positives pair, without --siglip")
-    if config.accum_freq > 1:
-        return config.accum_freq * config.batch_size, config.batch_size
-    return config.batch_size, config.micro_batch_size
-
-
 def _positives(config: Config) -> str:
     return config.positives or ("pair" if config.dataset_type in ("webdataset", "synthetic") else "out")
-
-
-def _model(config: Config, architecture: ClipConfig, world: World) -> tuple[Clip, nn.Module]:
-    """The model at its start, and the same shared out among the ranks."""
-    clip = build_clip(architecture, seed=config.seed).to(world.device)
-    clip.set_grad_checkpointing(config.grad_checkpointing)
-    if config.torchcompile:
-        for part in blocks(clip) if config.fsdp else [clip]:
-            part.compile(backend=config.torchcompile_backend)
-    return clip, (shard if config.fsdp else replicate)(clip, world)
 
 
 def _objective(config: Config, world: World) -> SplitLoss:
@@ -299,16 +219,6 @@ def _objective(config: Config, world: World) -> SplitLoss:
     )
 
 
-def _folder(config: Config) -> Path:
-    """The run's folder, which holds no other run."""
-    if config.resume == "latest" and not config.name:
-        raise DataError("--resume latest needs the --name of the run to go on with")
-    folder = config.logs / (config.name or f"{datetime.now():%Y_%m_%d-%H_%M_%S}-{Path(_model_name(config)).stem}")
-    if config.resume is None and (folder / FLAGS_FILE).exists():
-        raise DataError(f"{folder} already holds a run; go on with it by --resume latest, or choose another --name")
-    return folder
-
-
 def _model_name(config: Config) -> str:
     return config.model or ("digits" if config.dataset_type == "digits" else "CLIP-tiny")
 
@@ -316,7 +226,7 @@ def _model_name(config: Config) -> str:
 def _tokenizer(config: Config, architecture: ClipConfig, folder: Path, dataset: Any) -> Tokenizer:
     """The tokenizer that is named, the one of the run that goes on, or a new one trained on the captions."""
     text = architecture.text_cfg
-    resumed = folder if config.resume == "latest" else Path(config.resume).parent.parent if config.resume else None
+    resumed = resumed_folder(config, folder)
     path = Path(config.tokenizer) if config.tokenizer else resumed / TOKENIZER_FILE if resumed else None
     if path is not None and (config.tokenizer or path.exists()):
         return load_tokenizer(path, text.context_length)
@@ -348,14 +258,6 @@ def _stream(
     )
 
 
-def _schedule(config: Config, steps: int) -> Schedule:
-    if config.lr_scheduler == "const":
-        return warmup_constant(config.lr, config.warmup)
-    if config.warmup >= steps:
-        raise DataError(f"--warmup {config.warmup} must be less than the run's {steps} steps")
-    return warmup_cosine(config.lr, config.warmup, steps)
-
-
 def _evaluators(config: Config, tokenizer: Tokenizer, image_size: int) -> dict[str, Evaluator]:
     """Scores on the validation data, where there is any."""
     where = config.val_data or (config.train_data if config.dataset_type == "scenes" else "")
@@ -366,8 +268,6 @@ def _evaluators(config: Config, tokenizer: Tokenizer, image_size: int) -> dict[s
 
 def _write(folder: Path, config: Config, architecture: ClipConfig, tokenizer: Tokenizer) -> None:
     """What `vlmfast eval` and a reader need beside the weights."""
-    folder.mkdir(parents=True, exist_ok=True)
-    flags = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
-    replace_text(folder / FLAGS_FILE, json.dumps(flags, indent=1) + "\n")
+    write_flags(config, folder)
     replace_text(folder / MODEL_FILE, json.dumps(architecture.to_dict(), indent=1) + "\n")
     tokenizer.save(folder / TOKENIZER_FILE)
