@@ -1,6 +1,6 @@
 """Procedural scenes with captions: worlds whose truth is known, in three levels of difficulty (docs/data.md)."""
 
-from vlmfast.data.scenes.captions import GRANULARITIES, caption, caption_id, claims, swapped
+from vlmfast.data.scenes.captions import GRANULARITIES, caption, caption_id, claims, references, swapped
 from vlmfast.data.scenes.files import export
 from vlmfast.data.scenes.latents import LEVELS, SPLITS, Object, Scene
 from vlmfast.data.scenes.samples import Scenes, dataset, preview, stream
@@ -18,6 +18,7 @@ __all__ = [
     "dataset",
     "export",
     "preview",
+    "references",
     "stream",
     "swapped",
 ]

@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 
 from vlmfast.data.scenes.colours import COLOURS
-from vlmfast.data.scenes.latents import HELD_OUT, Object, Scene
+from vlmfast.data.scenes.latents import HELD_OUT, LEVELS, PLACES, Object, Scene
 from vlmfast.data.scenes.shapes import SHAPES
 from vlmfast.errors import DataError
 
 GRANULARITIES = ("word", "phrase", "sentence", "multi-sentence", "paragraph")
+ORDERS = ("own", "reading")
 PARAPHRASES = 5
+ALL_ORDERS = 4  # of so many objects `references` gives the captions in every order
 CONVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 # Paraphrase p takes word number p; paraphrase 0 is canonical. What is not here has one word. No word means two things.
@@ -36,7 +38,7 @@ SYNONYMS = {
     "crescent": ("crescent", "moon", "crescent", "crescent", "moon"),
     "car": ("car", "car", "automobile", "car", "car"),
 }
-NUMBERS = ("no", "one", "two", "three", "four")
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COUNTS = (
     "there {be} {n}",
     "the picture has {n}",
@@ -106,8 +108,8 @@ def claims(scene: Scene, granularity: str) -> list[Claim]:
     """What the caption of a scene says, in its order.
 
     A word says one attribute, a phrase one object. A sentence says at L0 the object, at L1 all objects with their
-    places, at L2 two objects and their relation. A multi-sentence says the count, then places at L1, relations at L2. A
-    paragraph says all of it.
+    places, from L2 on two objects and their relation. A multi-sentence says the count, then places at L1, relations
+    from L2 on. A paragraph says all of it.
 
     Args:
         scene: the scene.
@@ -131,9 +133,9 @@ def claims(scene: Scene, granularity: str) -> list[Claim]:
     if granularity == "phrase":
         return [Claim(full[0])]
     if granularity == "sentence":
-        return relations(full)[:1] if scene.level == "L2" else places
+        return relations(full)[:1] if LEVELS[scene.level].rich else places
     if granularity == "multi-sentence":
-        return [count, *(relations(brief) if scene.level == "L2" else places)]
+        return [count, *(relations(brief) if LEVELS[scene.level].rich else places)]
     if granularity == "paragraph":
         if scene.level == "L0":
             return [count, Claim(Mention(shape=things[0].shape)), Claim(Mention(colour=things[0].colour))]
@@ -141,17 +143,22 @@ def claims(scene: Scene, granularity: str) -> list[Claim]:
     raise DataError(f"scenes: granularity must be one of {', '.join(GRANULARITIES)}; got {granularity!r}")
 
 
-def caption(scene: Scene, granularity: str = "sentence", paraphrase: int | None = None) -> str:
+def caption(scene: Scene, granularity: str = "sentence", paraphrase: int | None = None, order: str = "own") -> str:
     """The caption of a scene.
 
     Args:
         scene: the scene.
         granularity: one of GRANULARITIES; see `claims`.
         paraphrase: 0 .. 4; default: the scene's own.
+        order: of the objects: "own", the scene's own, or "reading": by their places, row by row, and a word is the
+            first one's colour. With a paraphrase, "reading" leaves one right caption for an image.
 
     Raises:
-        DataError: there is no such granularity or paraphrase.
+        DataError: there is no such granularity, paraphrase or order.
     """
+    if order not in ORDERS:
+        raise DataError(f"scenes: order must be one of {', '.join(ORDERS)}; got {order!r}")
+    scene = _in_reading_order(scene) if order == "reading" else scene
     p = scene.wording[0] if paraphrase is None else paraphrase
     if not 0 <= p < PARAPHRASES:
         raise DataError(f"scenes: paraphrase must be 0 .. {PARAPHRASES - 1}; got {paraphrase}")
@@ -163,6 +170,32 @@ def caption(scene: Scene, granularity: str = "sentence", paraphrase: int | None 
     if granularity == "sentence":
         return _sentence(" and ".join(_clause(claim, p, k) for k, claim in enumerate(said)))
     return " ".join(_sentence(_statement(claim, p)) for claim in said)
+
+
+def references(scene: Scene, granularity: str = "sentence") -> list[str]:
+    """Every right caption of a scene, the canonical one (paraphrase 0 in reading order) first, each once.
+
+    All paraphrases, and all choices and orders of the objects that the granularity leaves free: any object's colour or
+    shape for a word, any object for a phrase, any two for a sentence from L2 on. Of more than ALL_ORDERS objects that
+    must all be named, the reading order alone: nine have 362 880 orders.
+
+    Args:
+        scene: the scene.
+        granularity: one of GRANULARITIES.
+
+    Raises:
+        DataError: there is no such granularity.
+    """
+    canonical = _in_reading_order(scene)
+    count, own = len(scene.objects), canonical.wording
+    named = {"word": 1, "phrase": 1, "sentence": min(2, count)}.get(granularity, count)
+    orders = itertools.permutations(canonical.order, named) if named <= ALL_ORDERS else [canonical.order]
+    wordings = [(*own[:2], 0), (*own[:2], 1)] if granularity == "word" else [own]
+    texts = (
+        caption(replace(scene, order=order, wording=wording), granularity, p)
+        for order, wording, p in itertools.product(orders, wordings, range(PARAPHRASES))
+    )
+    return list(dict.fromkeys(texts))
 
 
 def caption_id(said: Sequence[Claim]) -> int:
@@ -201,6 +234,14 @@ def swapped(scene: Scene, granularity: str = "sentence", paraphrase: int | None 
     if not candidates:
         return None
     return caption(candidates[scene.wording[2] % len(candidates)], granularity, paraphrase)
+
+
+def _in_reading_order(scene: Scene) -> Scene:
+    """The scene with its objects named place by place, row by row, and a word naming the colour."""
+    if LEVELS[scene.level].objects == (1, 1):
+        return replace(scene, wording=(*scene.wording[:2], 0))
+    order = sorted(scene.order, key=lambda k: PLACES.index(scene.objects[k].place or ""))
+    return replace(scene, order=tuple(order), wording=(*scene.wording[:2], 0))
 
 
 def _held_out(thing: Object) -> bool:

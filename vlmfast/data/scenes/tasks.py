@@ -1,0 +1,142 @@
+"""Scenes as tasks for a vision-language model: conversations about images whose right answers are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from vlmfast.data.conversation import IMAGE_MARK, Conversation, Turn, VlmSample
+from vlmfast.data.scenes.captions import GRANULARITIES, caption, references
+from vlmfast.data.scenes.latents import SPLIT_SIZES, Latents, check, sample
+from vlmfast.data.scenes.render import render
+from vlmfast.data.scenes.samples import MIXED
+from vlmfast.errors import DataError
+
+TASKS = ("caption",)
+INSTRUCTIONS = {
+    "word": "Describe the image in one word.",
+    "phrase": "Describe the image in a phrase.",
+    "sentence": "Describe the image in one sentence.",
+    "multi-sentence": "Describe the image in a few sentences.",
+    "paragraph": "Describe the image in detail.",
+}
+CHUNK = 256  # items whose texts are made at a time
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A question about an image, its answer, and what a scorer wants to know."""
+
+    question: str
+    answer: str
+    truth: Callable[[], dict[str, Any]] = field(default=dict, repr=False)
+
+
+# Of the items at some places: the scenes, a row an item, and the exchanges about each.
+Read = Callable[[Sequence[int]], tuple[Latents, list[list[Exchange]]]]
+
+
+class SceneTask:
+    """Conversations about scenes, each made when it is asked for. `dataset` makes one."""
+
+    def __init__(self, name: str, size: int, image_size: int, read: Read) -> None:
+        self.name, self.size, self.image_size, self._read = name, size, image_size, read
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> VlmSample:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[VlmSample]:
+        """The items at many places, several times faster than one by one."""
+        places = [range(self.size)[index] for index in indices]
+        latents, items = self._read(places)
+        images = torch.from_numpy(render(latents, self.image_size))
+        rows = zip(places, items, latents.index.tolist(), images, strict=True)
+        return [
+            VlmSample(self._conversation(place, exchanges, scene), image[None])
+            for place, exchanges, scene, image in rows
+        ]
+
+    def truth(self, index: int, turn: int = 0) -> dict[str, Any]:
+        """What scorers want to know of item `index`: the right answers, and what kind of question it is.
+
+        Args:
+            index: the item.
+            turn: which of its questions.
+        """
+        latents, items = self._read([range(self.size)[index]])
+        exchange = items[0][turn]
+        about = {"task": self.name, "scene": int(latents.index[0]), "question": exchange.question}
+        return about | {"answer": exchange.answer} | exchange.truth()
+
+    def texts(self) -> Iterator[str]:
+        """What is said in each item, without drawing it: what a tokenizer trains on."""
+        for first in range(0, self.size, CHUNK):
+            for exchanges in self._read(range(first, min(first + CHUNK, self.size)))[1]:
+                yield "\n".join(text for each in exchanges for text in (each.question, each.answer))
+
+    def _conversation(self, place: int, exchanges: list[Exchange], scene: int) -> Conversation:
+        turns = [turn for each in exchanges for turn in (Turn("user", each.question), Turn("assistant", each.answer))]
+        turns[0] = Turn("user", f"{IMAGE_MARK}\n{turns[0].text}")
+        return Conversation(f"{self.name}-{place}", (f"{scene}.png",), tuple(turns))
+
+
+def dataset(
+    level: str = "L1",
+    split: str = "train",
+    task: str = "caption",
+    size: int | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
+    *,
+    granularity: str = "sentence",
+) -> SceneTask:
+    """A map-style data set of conversations about scenes.
+
+    "caption": an instruction that names the granularity, and the canonical caption (paraphrase 0 in reading order), so
+    that an image has one right answer. Item i shows scene i. The truth has "references", every right caption.
+
+    Args:
+        level: as `scenes.dataset`.
+        split: as `scenes.dataset`.
+        task: one of TASKS.
+        size: how many items; default: as `scenes.dataset`. The first items of a larger data set are those of a smaller.
+        image_size: side in pixels; default: the level's.
+        seed: which world.
+        granularity: of captions: one of GRANULARITIES, or "mixed" for each scene its own.
+
+    Returns:
+        SceneTask: len(), [i] -> VlmSample(conversation, image uint8 [1, 3, S, S]), truth(i), texts().
+
+    Raises:
+        DataError: there is no such level, split, task or granularity, or a size is out of range.
+    """
+    facts = check(level, split)
+    size = SPLIT_SIZES[split] if size is None else size
+    if task not in TASKS:
+        raise DataError(f"scenes: task must be one of {', '.join(TASKS)}; got {task!r}")
+    if granularity not in (*GRANULARITIES, MIXED):
+        raise DataError(f"scenes: granularity must be one of {', '.join((*GRANULARITIES, MIXED))}; got {granularity!r}")
+    read = _captions(level, split, seed, granularity)
+    return SceneTask(task, size, facts.image_size if image_size is None else image_size, read)
+
+
+def _captions(level: str, split: str, seed: int, granularity: str) -> Read:
+    def read(places: Sequence[int]) -> tuple[Latents, list[list[Exchange]]]:
+        latents = sample(level, split, places, seed)
+        items = []
+        for scene in map(latents.scene, range(len(latents))):
+            told = GRANULARITIES[scene.wording[1]] if granularity == MIXED else granularity
+
+            def truth(scene: Any = scene, told: str = told) -> dict[str, Any]:
+                return {"granularity": told, "references": references(scene, told)}
+
+            items.append([Exchange(INSTRUCTIONS[told], caption(scene, told, 0, "reading"), truth)])
+        return latents, items
+
+    return read
