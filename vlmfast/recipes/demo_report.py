@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from dataclasses import asdict, dataclass
 from html import escape
-from string import Template
 from typing import Any
 
 from torch import Tensor
 
 from vlmfast.bench.report import MIB, Report, Row, headline
 from vlmfast.errors import missing_extra
+from vlmfast.recipes.page import OURS, REFERENCE, RIVAL, figure, page, picture, svg, table
 
 COMPARED = 100  # steps over which the two losses must agree
 AGREEMENT = 1e-4  # relative
 ACCURACY_GOAL = 0.95
 POINTS_GOAL = 1.0  # percentage points between the two final accuracies
-FUSED, REFERENCE, RIVAL = "#0b7a75", "#e8871e", "#9aa5b1"
 STRIP = 45  # test scans in the strip of predictions, and at most as many misses
 
 
@@ -225,7 +222,7 @@ def html(results: Results) -> str:
         title = f"All {len(misses)} misses" if len(misses) <= STRIP else f"The first {STRIP} of {len(misses)} misses"
         strip += f"<h3>{title}</h3>" + _strip(results, misses[:STRIP])
     named = f"Zero-shot: {int(hits.sum())} of {len(hits)} scans named right"
-    tables = "".join(_html_table(*part) for part in (_score_table(results), _bench_table(results)))
+    tables = "".join(table(*part) for part in (_score_table(results), _bench_table(results)))
     sections = [
         ("The same run twice", LOSS_TEXT, _loss_figure(results)),
         (named, STRIP_TEXT, strip),
@@ -240,15 +237,13 @@ def html(results: Results) -> str:
     footer = (
         f"{facts['cpu']}, {facts['cores']} cores · {versions} · {results.bench.date} · {results.seconds:.0f} s in all"
     )
-    return PAGE.substitute(
-        cards="".join(
-            f'<div class="card{"" if reached else " missed"}"><b>{escape(number)}</b><span>{escape(what)}</span></div>'
-            for number, what, reached in cards
-        ),
-        note=f"<p class=note>{escape(_missing_extension(results))}</p>" if results.extension_reason else "",
-        body="".join(f"<section><h2>{title}</h2><p>{text}</p>{content}</section>" for title, text, content in sections),
-        footer=escape(footer),
-        fused=FUSED,
+    return page(
+        "CLIP learns to read handwriting",
+        INTRODUCTION,
+        cards,
+        sections,
+        footer,
+        note=_missing_extension(results) if results.extension_reason else "",
     )
 
 
@@ -268,32 +263,32 @@ def _gains(results: Results) -> list[tuple[str, str]]:
 
 def _loss_figure(results: Results) -> str:
     """Both loss curves, one over the other, and how far they are apart."""
-    figure = _matplotlib().Figure(figsize=(9.6, 4.6), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.3))
+    drawing = figure(figsize=(9.6, 4.6), layout="constrained")
+    top, bottom = drawing.subplots(2, 1, sharex=True, height_ratios=(3, 1.3))
     steps = range(1, len(results.fused.losses) + 1)
     top.plot(steps, results.reference.losses, color=REFERENCE, linewidth=5, alpha=0.55, label="reference (PyTorch)")
-    top.plot(steps, results.fused.losses, color=FUSED, linewidth=1.3, label=f"fused ({results.backend})")
+    top.plot(steps, results.fused.losses, color=OURS, linewidth=1.3, label=f"fused ({results.backend})")
     top.set(ylabel="training loss, nats")
     top.legend(frameon=False)
     bottom.semilogy(steps, [max(x, 1e-9) for x in results.differences], color="#52606d", linewidth=1)
     bottom.axhline(AGREEMENT, color="#c0392b", linewidth=1, linestyle="--")
-    bottom.axvspan(1, min(COMPARED, len(steps)), color=FUSED, alpha=0.08)
+    bottom.axvspan(1, min(COMPARED, len(steps)), color=OURS, alpha=0.08)
     bottom.set(ylabel="relative\ndifference", xlabel="step", xlim=(1, max(len(steps), 2)))
-    return _svg(figure, "Training loss of the fused and of the reference run, and their relative difference")
+    return svg(drawing, "Training loss of the fused and of the reference run, and their relative difference")
 
 
 def _bench_figure(bench: Report) -> str:
     """Time and memory of each provider, a column a batch size."""
     batches = bench.batches()
-    figure = _matplotlib().Figure(figsize=(9.6, 5.2), layout="constrained")
-    panels = figure.subplots(2, len(batches), squeeze=False)
+    drawing = figure(figsize=(9.6, 5.2), layout="constrained")
+    panels = drawing.subplots(2, len(batches), squeeze=False)
     for column, batch in enumerate(batches):
         rows = [row for row in bench.rows if row.batch == batch][::-1]
         times = [row.full_ms.median if row.full_ms else None for row in rows]
         sizes = [None if row.extra_bytes is None else row.extra_bytes / MIB for row in rows]
         for axes, values, unit in ((panels[0][column], times, "ms"), (panels[1][column], sizes, "MiB")):
             names = [row.provider for row in rows]
-            colours = [FUSED if name == "vlmfast" else RIVAL for name in names]
+            colours = [OURS if name == "vlmfast" else RIVAL for name in names]
             bars = axes.barh(names, [value or 0 for value in values], color=colours, height=0.68)
             labels = ["not measured" if value is None else f"{_three_digits(value)} {unit}" for value in values]
             axes.bar_label(bars, labels, padding=4, fontsize=9)
@@ -303,7 +298,7 @@ def _bench_figure(bench: Report) -> str:
             axes.tick_params(axis="y", length=0)
             what = "forward + backward" if unit == "ms" else "extra memory"
             axes.set_title(f"B = {batch}: {what}", fontsize=10, loc="left")
-    return _svg(figure, "Time and memory of the loss by provider")
+    return svg(drawing, "Time and memory of the loss by provider")
 
 
 def _strip(results: Results, rows: list[int]) -> str:
@@ -325,44 +320,12 @@ def _found(results: Results, query: Query) -> str:
 
 def _figure(results: Results, row: int, kind: str, caption: str = "") -> str:
     """A test scan as its own pixels, which the page draws large."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise missing_extra("Pillow", "data") from None
-    file = io.BytesIO()
-    Image.fromarray(results.images[row].permute(1, 2, 0).numpy()).save(file, "png")
-    pixels = base64.b64encode(file.getvalue()).decode()
     what = f"a handwritten {int(results.labels[row])}"
-    return f'<figure class={kind}><img alt="{what}" src="data:image/png;base64,{pixels}">{caption}</figure>'
+    return f"<figure class={kind}>{picture(results.images[row], what)}{caption}</figure>"
 
 
-def _html_table(title: str, header: list[str], rows: list[list[str]]) -> str:
-    def line(cells: list[str], tag: str) -> str:
-        kind = " class=ours" if cells[0] == "vlmfast" else ""
-        return f"<tr{kind}>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    return f"<h3>{escape(title)}</h3><table>{line(header, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
-
-
-def _matplotlib() -> Any:
-    """matplotlib's figure module, set to the page's manner."""
-    try:
-        import matplotlib
-        from matplotlib import figure
-    except ImportError:
-        raise missing_extra("matplotlib", "demo") from None
-    matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "path"})
-    return figure
-
-
-def _svg(figure: Any, what: str) -> str:
-    """The figure as inline SVG."""
-    file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True)
-    drawing = file.getvalue()
-    return f'<div class="plot" role="img" aria-label="{what}">{drawing[drawing.index("<svg") :]}</div>'
-
-
+INTRODUCTION = """A small CLIP, trained from nothing on scikit-learn's scans of handwritten digits and captions about
+them, through vlmfast's fused contrastive loss: nothing of size batch × batch is ever held."""
 LOSS_TEXT = """One seed, the same batches; only the implementation of the loss differs. The thick line is the reference,
 the thin one the fused loss. Below: how far they are apart. In the shaded steps they must agree; after that rounding
 differences grow, as between any two runs of one training, and what counts is where both end."""
@@ -371,48 +334,3 @@ of captions whose templates training never saw either. Red: what the model said,
 QUERY_TEXT = """The nearest test scans to a caption, nearest first. Green: the digit that was asked for."""
 BENCH_TEXT = """Forward and backward of the CLIP loss on random pairs: medians of interleaved rounds. Extra memory is
 the peak of a pass beyond inputs and gradients, in a process of its own."""
-
-PAGE = Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>vlmfast demo</title><style>
-body { font: 16px/1.5 system-ui, sans-serif; color: #1f2933; background: #f5f7fa; margin: 0 }
-main { max-width: 980px; margin: 0 auto; padding: 32px 20px }
-h1 { margin: 0 0 4px; font-size: 30px }
-h2 { margin: 0 0 4px; font-size: 21px }
-h3 { margin: 22px 0 8px; font-size: 16px }
-p { margin: 0 0 14px; color: #52606d; max-width: 46em }
-section { background: #fff; border-radius: 12px; padding: 22px 24px; margin: 18px 0; box-shadow: 0 1px 3px #0002 }
-.cards { display: flex; flex-wrap: wrap; gap: 12px; margin: 18px 0 }
-.card { flex: 1 1 150px; background: #fff; border-radius: 12px; padding: 14px 16px; border-top: 4px solid $fused;
-  box-shadow: 0 1px 3px #0002 }
-.card b { display: block; font-size: 26px; color: $fused }
-.card span { display: block; font-size: 13px; line-height: 1.35; color: #52606d }
-.card.missed { border-top-color: #c0392b }
-.card.missed b, .note { color: #c0392b }
-.plot svg { width: 100%; height: auto }
-.strip { display: flex; flex-wrap: wrap; gap: 6px }
-figure { margin: 0; text-align: center; font-size: 13px }
-figure img { display: block; width: 48px; height: 48px; image-rendering: pixelated; border-radius: 5px;
-  border: 3px solid }
-.hit img { border-color: #2f9e61 }
-.miss img { border-color: #c0392b }
-.hit figcaption { color: #2f7a52 }
-.miss figcaption { color: #c0392b; font-weight: 600 }
-i { color: #52606d; font-weight: 400; font-style: normal }
-.query { display: flex; align-items: center; gap: 14px; margin: 6px 0 }
-.query q { flex: 0 0 300px; font-size: 15px }
-table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums }
-th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid #e4e7eb }
-th:first-child, td:first-child { text-align: left }
-th { color: #52606d; font-weight: 600 }
-.ours { font-weight: 700; color: $fused }
-footer { color: #7b8794; font-size: 13px }
-</style></head><body><main>
-<h1>CLIP learns to read handwriting</h1>
-<p>A small CLIP, trained from nothing on scikit-learn's scans of handwritten digits and captions about them, through
-vlmfast's fused contrastive loss: nothing of size batch × batch is ever held.</p>
-<div class="cards">$cards</div>$note
-$body
-<footer>$footer</footer>
-</main></body></html>
-""")
