@@ -91,17 +91,7 @@ SCRIPTS = {
         ["--batch", "16", "--pieces", "4", "--large-batch", "32", "--micro-batch", "8"],
     ),
     "vlm": (  # the head of a language model at the size of Llama 3
-        ["benchmarks/ops/bench_linear_cross_entropy.py", "--rounds", "5", "--supervised", "0.05,0.15,0.5,1"]
-        + [
-            "--rows",
-            "4096",
-            "--width",
-            "4096",
-            "--tokens",
-            "128256",
-            "--providers",
-            "vlmfast,liger,quack,eager-picked",
-        ],
+        ["benchmarks/ops/bench_linear_cross_entropy.py", "--supervised", "0.05,0.15,0.5,1"],
         ["--rows", "64", "--width", "64", "--tokens", "512", "--rounds", "1", "--providers", "vlmfast,eager-picked"],
     ),
     "decode": (["benchmarks/models/bench_decode.py"], ["--rounds", "1"]),

@@ -3,8 +3,7 @@
     pytest benchmarks/ops/bench_linear_cross_entropy.py                                # one provider after the other
     python benchmarks/ops/bench_linear_cross_entropy.py --json FILE                    # interleaved, with memory
     python benchmarks/ops/bench_linear_cross_entropy.py --supervised 1 --rounds 3 --providers vlmfast,eager
-    python benchmarks/ops/bench_linear_cross_entropy.py --device cuda --rows 4096 --width 4096 --tokens 128256 \
-        --supervised 0.05,0.15,0.5,1 --providers vlmfast,liger,quack,eager-picked
+    python benchmarks/ops/bench_linear_cross_entropy.py --device cuda --supervised 0.05,0.15,0.5,1 --json FILE
 
 Model: 6 * m * D * V flops for m supervised rows: logits, dX and dW; the logits of a chunk of rows are kept between.
 4 * (2 * V * D + 2 * M * D) bytes at the least: weight and hidden read, their gradients written. Rivals: transformers'
@@ -38,6 +37,7 @@ from vlmfast.bench import machine, memory, meter, timing
 from vlmfast.ops.linear_cross_entropy import linear_cross_entropy
 
 M, D, V = 2048, 512, 32000
+SIZES = {"cpu": (M, D, V), "cuda": (4096, 4096, 128256)}  # on a GPU the head of Llama 3
 
 
 def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -77,6 +77,7 @@ PROVIDERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 PEERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"liger": liger, "quack": quack}
 EVERYONE = PROVIDERS | PEERS
+WHO = {"cpu": ",".join(PROVIDERS), "cuda": "vlmfast,liger,quack,eager-picked"}
 
 
 def inputs(supervised: float, device: str = "cpu", sizes: tuple[int, int, int] = (M, D, V)) -> tuple[Tensor, ...]:
@@ -175,14 +176,17 @@ def measure(supervised: float, options: argparse.Namespace, gpu: meter.Cuda | No
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--supervised", default="0.15,1", help="shares of supervised rows, with commas between")
-    parser.add_argument("--providers", default=",".join(PROVIDERS), help="the first is what others are divided by")
-    parser.add_argument("--rows", type=int, default=M)
-    parser.add_argument("--width", type=int, default=D)
-    parser.add_argument("--tokens", type=int, default=V)
+    parser.add_argument("--providers", help="the first is what others are divided by")
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--tokens", type=int)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    rows, width, tokens = SIZES[options.device]
+    options.rows, options.width, options.tokens = options.rows or rows, options.width or width, options.tokens or tokens
+    options.providers = options.providers or WHO[options.device]
     gpu = meter.Cuda() if options.device == "cuda" else None
     with timing.threads(1):
         rows = [row for share in options.supervised.split(",") for row in measure(float(share), options, gpu)]

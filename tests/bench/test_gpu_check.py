@@ -206,7 +206,7 @@ def test_all_parts_on_a_gpu(fake_cuda, in_this_process, tmp_path, monkeypatch, c
     assert required == ["cpu,triton"]
     files = sorted((tmp_path / "new").glob("*.json"))
     assert [path.name.split("-")[-1] for path in files] == ["loss.json", "model.json", "tests.json", "topk.json"]
-    assert scripts == ["attention", "patch", "step"]
+    assert scripts == ["attention", "patch", "step", "vlm", "decode"]
     for path in files:
         read = json.loads(path.read_text())
         assert read["machine"]["gpu"]["name"] == "GPU of the test"
