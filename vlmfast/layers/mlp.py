@@ -1,4 +1,4 @@
-"""The two-layer perceptron of a transformer block, and the activations that released CLIP models use."""
+"""The two-layer perceptron of a transformer block, and the activations that released models use."""
 
 from collections.abc import Callable
 from functools import partial
@@ -26,6 +26,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "quick_gelu": quick_gelu,
+    "silu": F.silu,
 }
 
 
