@@ -1,5 +1,7 @@
 """The stack of pre-norm blocks that both towers share."""
 
+from itertools import islice
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -92,6 +94,7 @@ class Transformer(nn.Module):
         cu_seqlens, max_seqlen: of `vlmfast.attention`.
         pooled: [N] int64, the only tokens that the last block is to give, numbered from 0 through all sequences. Their
             keys and values are still all tokens', but its perceptron is spared all others. None: all.
+        blocks: how many blocks run, from the first on; None: all.
     Returns: the shape of x, or [N, C] where `pooled` is given, before any final normalisation.
 
     `checkpointing = True` keeps only each block's input for the backward, which runs the block a second time.
@@ -122,9 +125,11 @@ class Transformer(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         pooled: Tensor | None = None,
+        blocks: int | None = None,
     ) -> Tensor:
-        for i, block in enumerate(self.resblocks, 1):
-            wanted = pooled if i == len(self.resblocks) else None
+        blocks = len(self.resblocks) if blocks is None else blocks
+        for i, block in enumerate(islice(self.resblocks, blocks), 1):
+            wanted = pooled if i == blocks else None
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, cu_seqlens, max_seqlen, wanted, use_reentrant=False)
             else:

@@ -183,9 +183,14 @@ class ViT(nn.Module):
         order = torch.tensor([i for size in sizes for i in groups[size]], device=pooled.device)
         return pooled[order.argsort()]
 
-    def tokens(self, image: Tensor) -> Tensor:
-        """The last block's output [B, 1 + P, C], not normalised: the class token, then patches in reading order."""
-        return self.transformer(self._embed(image))
+    def tokens(self, image: Tensor, blocks: int | None = None) -> Tensor:
+        """What the blocks give [B, 1 + P, C], not normalised: the class token, then patches in reading order.
+
+        Args:
+            image: [B, 3, H, W], see `ViT`.
+            blocks: how many of them run, from the first on; None: all.
+        """
+        return self.transformer(self._embed(image), blocks=blocks)
 
     def _embed(self, image: Tensor) -> Tensor:
         """What the first block takes [B, 1 + P, C]."""

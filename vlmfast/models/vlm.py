@@ -1,0 +1,294 @@
+"""What all vision-language models share: image features among a text's tokens, and a loss on the text alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlmfast.errors import DTypeError, ShapeError
+from vlmfast.models.decoder import Decoder
+from vlmfast.models.generate import Generation, generate, score
+
+ASPECTS = ("pad", "square", "squash")
+IGNORED = -100  # the label of a token that is not supervised
+
+
+class Vlm(nn.Module):
+    """A decoder that reads images among its tokens; `PatchLm` and `Llava` say how an image becomes its tokens.
+
+    `forward` is the training loss. Of a packed stream of tokens, only those that predict a supervised label reach the
+    last block's perceptron and the head: with 576 image, 60 prompt and 100 answer tokens that is 100 of 736.
+
+    Args:
+        decoder: the language model.
+        image_token_id: the id that stands where one feature of an image goes.
+        image_tokens: P, features of an image.
+        image_hw: (H, W) of images in pixels.
+        image_mean, image_std: of each channel, for pixels in 0..1.
+        aspect: how images are made (H, W), "pad", "square" or "squash" as `vlmfast.data.LlavaJson` says.
+        prefix_lm: whether the tokens of a sequence's prefix see each other, and not only those before them.
+    Raises:
+        ShapeError: image_token_id is not in the decoder's vocabulary.
+        ValueError: aspect is unknown.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        image_token_id: int,
+        image_tokens: int,
+        image_hw: tuple[int, int],
+        image_mean: tuple[float, ...],
+        image_std: tuple[float, ...],
+        aspect: str,
+        prefix_lm: bool = False,
+    ) -> None:
+        super().__init__()
+        if aspect not in ASPECTS:
+            raise ValueError(f"Vlm: aspect must be one of {', '.join(ASPECTS)}; got {aspect!r}")
+        if not 0 <= image_token_id < decoder.config.vocab_size:
+            raise ShapeError(
+                f"image_token_id must be in the decoder's vocabulary of {decoder.config.vocab_size}; "
+                f"got {image_token_id}"
+            )
+        self.decoder = decoder
+        self.image_token_id = image_token_id
+        self.image_tokens = image_tokens
+        self.image_hw = image_hw
+        self.image_mean = image_mean
+        self.image_std = image_std
+        self.aspect = aspect
+        self.prefix_lm = prefix_lm
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """What stands for images among a decoder's tokens: [N, P, C].
+
+        Args:
+            image: [N, 3, H, W], N >= 1; uint8 in 0..255, or floating and normalised with image_mean and image_std.
+        Raises:
+            ShapeError: image is not [N, 3, H, W] of the model's size.
+            DTypeError: it is neither uint8 nor floating.
+        """
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """The config as JSON can hold it, with a "model_type"."""
+        raise NotImplementedError
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keeps only the blocks' inputs for the backward, which then runs each block a second time."""
+        self.decoder.set_grad_checkpointing(enable)
+
+    def splice(
+        self,
+        ids: Tensor,  # [tokens]
+        features: Tensor,  # [N, P, C]
+    ) -> Tensor:
+        """What the decoder takes, [tokens, C]: each id's embedding, and image features where `image_token_id` stands.
+
+        Equals:
+            x = decoder.embed(ids)
+            x[ids == image_token_id] = features.flatten(0, 1)
+
+        Args:
+            ids: [tokens] int64.
+            features: [N, P, C], what `encode_image` returned, in the order of their places in ids. N may be 0.
+        Raises:
+            ShapeError: ids has other than N * P image tokens.
+        """
+        at_image = ids == self.image_token_id
+        found, count = int(at_image.sum()), features.shape[:2].numel()
+        if found != count:
+            raise ShapeError(self._misfit("ids", found, len(features)))
+        return self._splice(ids, at_image, features)
+
+    def embed(self, ids: Tensor, image: Tensor) -> Tensor:
+        """What the decoder takes, [tokens, C]: `splice(ids, encode_image(image))`.
+
+        Args:
+            ids: [tokens] int64, with P image tokens an image.
+            image: [N, 3, H, W], see `encode_image`; N may be 0.
+        Raises:
+            ShapeError: ids has other than N * P image tokens.
+        """
+        return self.splice(ids, self._features(image))
+
+    def forward(
+        self,
+        ids: Tensor,  # [tokens]
+        image: Tensor,  # [N, 3, H, W]
+        labels: Tensor,  # [tokens]
+        cu_seqlens: Tensor,  # [B + 1]
+        max_seqlen: int | None = None,
+        *,
+        prefix: Tensor | None = None,  # [B]
+        num_supervised: Tensor | float | None = None,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """Mean cross-entropy of each supervised token, given all tokens before it in its sequence, in nats.
+
+        Equals, of one sequence, without the logits of tokens that predict no supervised one:
+            logits = decoder.logits(decoder(embed(ids, image)[None]))[0]
+            F.cross_entropy(logits[:-1], labels[1:])        # ignore_index=-100
+
+        The last token of an image predicts the first one of the text behind it. A batch without any image gives every
+        trainable parameter a gradient too, of zero for those that only images use, as DistributedDataParallel needs.
+
+        Args:
+            ids: [tokens] int64, B sequences one after the other; P image tokens stand where an image goes.
+            image: [N, 3, H, W], in the order of their places in ids, see `encode_image`; N may be 0.
+            labels: [tokens] int64: a token's own id where it is supervised, -100 elsewhere. Those of first tokens
+                count for nothing: no token predicts them.
+            cu_seqlens: [B + 1] int32, 0 and then where each sequence ends.
+            max_seqlen: no sequence is longer. None: read from cu_seqlens.
+            prefix: [B] int64, how many tokens of each sequence see each other; a causal model takes no notice.
+            num_supervised: what "mean" divides by instead of the supervised tokens, as `vlmfast.linear_cross_entropy`.
+            reduction: "mean", "sum", or "none": [tokens] losses, of labels[i] in place i, 0 where it is not supervised.
+        Returns: [] float32, or [tokens]. Without a supervised token 0.
+        Raises:
+            ShapeError: the shapes do not fit each other, a sequence has image tokens that are not whole images or other
+                than N in all, or a prefix-LM has no prefix or one that reaches into its supervised tokens.
+            DTypeError: ids or labels are not int64, or cu_seqlens not int32.
+            ValueError: an id or a label is not in the vocabulary.
+        """
+        shifted, count = self._check_batch(ids, image, labels, cu_seqlens, prefix)
+        at_image = ids == self.image_token_id
+        x = self._splice(ids, at_image, self._features(image))
+        # Without a supervised token one row goes through, for zero gradients.
+        rows = torch.nonzero_static(shifted != IGNORED, size=max(count, 1), fill_value=0)[:, 0]
+        hidden = self.decoder(
+            x, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, prefix=prefix if self.prefix_lm else None, rows=rows
+        )
+        loss = self.decoder.loss(hidden, shifted[rows], reduction=reduction, num_supervised=num_supervised)
+        if reduction != "none":
+            return loss
+        return loss.new_zeros(len(ids) + 1).index_copy(0, rows + 1, loss)[:-1]
+
+    def _features(self, image: Tensor) -> Tensor:
+        """[N, P, C]; of no image, zeros that hang on every trainable parameter which images go through."""
+        if len(image):
+            return self.encode_image(image)
+        weight = self.decoder.embed_tokens.weight
+        used = [p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("decoder.")]
+        nothing = sum((p.sum() for p in used), weight.new_zeros(()))
+        return nothing.to(weight.dtype).expand(0, self.image_tokens, weight.shape[1])
+
+    def _splice(self, ids: Tensor, at_image: Tensor, features: Tensor) -> Tensor:
+        x = self.decoder.embed(ids.masked_fill(at_image, 0))
+        places = torch.nonzero_static(at_image, size=features.shape[:2].numel())[:, 0]
+        return x.index_copy(0, places, features.flatten(0, 1).to(x.dtype))
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Tensor], images: Sequence[Tensor], **options: Any) -> list[Generation]:
+        """What the model goes on with, prompt by prompt.
+
+        Args:
+            prompts: B times [T_b] int64, with P image tokens an image; of any lengths.
+            images: B times [n_b, 3, H, W], the images of each prompt, see `encode_image`; n_b may be 0.
+            options: of `vlmfast.models.generate.generate`; max_new_tokens is needed. The image token is never written
+                unless `suppress` says otherwise.
+        Raises:
+            ShapeError: prompts and images differ in number, or a prompt has other than n_b * P image tokens.
+        """
+        options = {"suppress": (self.image_token_id,), **options}
+        return generate(self.decoder, self._prompts(prompts, images), prefix=self.prefix_lm, **options)
+
+    @torch.no_grad()
+    def score(
+        self, prompts: Sequence[Tensor], images: Sequence[Tensor], continuations: Sequence[Sequence[Tensor]]
+    ) -> list[Tensor]:
+        """How likely each continuation of each prompt is: B times a summed log-probability each, in nats.
+
+        Args:
+            prompts, images: as for `generate`.
+            continuations: B times the candidates, each [n] int64.
+        Raises:
+            ShapeError: as for `generate`.
+        """
+        return score(self.decoder, self._prompts(prompts, images), continuations, prefix=self.prefix_lm)
+
+    def _prompts(self, prompts: Sequence[Tensor], images: Sequence[Tensor]) -> list[Tensor]:
+        """Each prompt's embeddings [T_b, C]; all images go through the tower together."""
+        if len(prompts) != len(images) or not len(prompts):
+            raise ShapeError(
+                f"generate: {len(prompts)} prompts and the images of {len(images)}; give each prompt its own"
+            )
+        for b, (ids, image) in enumerate(zip(prompts, images, strict=True)):
+            found = int((ids == self.image_token_id).sum())
+            if found != len(image) * self.image_tokens:
+                raise ShapeError(self._misfit(f"prompts[{b}]", found, len(image)))
+        image = torch.cat([image for image in images if len(image)] or [images[0]])
+        return list(self.embed(torch.cat(list(prompts)), image).split([len(ids) for ids in prompts]))
+
+    def _misfit(self, what: str, found: int, images: int) -> str:
+        P = self.image_tokens
+        return (
+            f"{what}: {found} image tokens (id {self.image_token_id}) for {images} images of {P} tokens, which take "
+            f"{images * P}. Each image is {P} image tokens in a row, at its place in the text"
+        )
+
+    def _check_batch(
+        self, ids: Tensor, image: Tensor, labels: Tensor, cu_seqlens: Tensor, prefix: Tensor | None
+    ) -> tuple[Tensor, int]:
+        """What each token predicts, [tokens], -100 where that is not supervised; and how many do. A GPU waits once."""
+        tokens, P, V = len(ids), self.image_tokens, self.decoder.config.vocab_size
+        if ids.dim() != 1 or not tokens or labels.shape != ids.shape or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+            got = ", ".join(str(tuple(x.shape)) for x in (ids, labels, cu_seqlens))
+            raise ShapeError(f"Vlm: ids and labels must be [tokens] and cu_seqlens [B + 1], packed; got {got}")
+        if ids.dtype != torch.int64 or labels.dtype != torch.int64 or cu_seqlens.dtype != torch.int32:
+            got = f"{ids.dtype}, {labels.dtype}, {cu_seqlens.dtype}"
+            raise DTypeError(f"Vlm: ids and labels must be int64 and cu_seqlens int32; got {got}")
+        if self.prefix_lm and (prefix is None or prefix.shape != (len(cu_seqlens) - 1,)):
+            got = None if prefix is None else tuple(prefix.shape)
+            raise ShapeError(f"Vlm: a prefix-LM needs prefix [B], B = {len(cu_seqlens) - 1}, with its batch; got {got}")
+        start, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+        unpacked = (start[0] != 0) | (end[-1] != tokens) | (start > end).any()
+        start, end = start.clamp(0, tokens), end.clamp(0, tokens)
+        shifted = labels.roll(-1)
+        shifted[(end - 1).clamp(min=0)] = IGNORED
+        on = shifted != IGNORED
+        at_image = ids == self.image_token_id
+        held = _within(at_image, start, end)  # [B] image tokens
+        leaks = torch.zeros_like(held)
+        if self.prefix_lm and prefix is not None:  # token i is predicted by row i - 1
+            leaks = _within(on, start, torch.minimum(start + prefix - 1, end)) + ((prefix < 0) | (prefix > end - start))
+        wrong_id, wrong_label = (ids < 0) | (ids >= V), on & ((shifted < 0) | (shifted >= V))
+        bad = [unpacked, wrong_id.any(), wrong_label.any(), (held % P != 0).any(), leaks.any()]
+        count, images, *found = torch.stack([on.sum(), held.sum(), *(x.long() for x in bad)]).tolist()
+        if found[0]:
+            raise ShapeError(
+                f"Vlm: cu_seqlens must rise from 0 to the number of tokens, {tokens}; got {cu_seqlens.tolist()[:9]}"
+            )
+        for name, values, wrong in (("ids", ids, wrong_id), ("labels", labels.roll(-1), wrong_label)):
+            if wrong.any():
+                i = int(wrong.nonzero()[0])
+                raise ValueError(
+                    f"Vlm: {name} must be in [0, {V}){' or -100' if name == 'labels' else ''}; got {int(values[i])} in "
+                    f"sequence {int((end <= i).sum())}, one of {int(wrong.sum())}"
+                )
+        if found[3]:
+            b = int((held % P != 0).nonzero()[0])
+            raise ShapeError(
+                f"Vlm: sequence {b} has {int(held[b])} image tokens (id {self.image_token_id}), which are no whole "
+                f"images of {P}: each image is {P} image tokens"
+            )
+        if images != len(image) * P:
+            raise ShapeError(self._misfit("Vlm", images, len(image)))
+        if found[4]:
+            b = int(leaks.nonzero()[0])
+            raise ShapeError(
+                f"Vlm: the prefix of sequence {b}, {int(prefix[b])} tokens of {int((end - start)[b])}, must end before "
+                "the first supervised token: it would see itself"
+            )
+        return shifted, count
+
+
+def _within(marks: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """[B]: how many of the marked tokens lie in start[b] .. end[b]; none where that is empty."""
+    before = F.pad(marks.cumsum(0), (1, 0))
+    return before[torch.maximum(start, end)] - before[start]
