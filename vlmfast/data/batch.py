@@ -25,6 +25,7 @@ from vlmfast.data.stream import Record, Shards, Stream, nothing_readable, patien
 from vlmfast.errors import DataError, ShapeError
 
 Item = TypeVar("Item")
+Collate = Callable[[list[Any], list[int]], Any]  # samples and their places -> what the stream hands out
 Result = TypeVar("Result")
 
 REDRAWS = 100  # draws for one unreadable sample before its row is left out
@@ -73,14 +74,14 @@ class Batch:
 class MapDataset(Protocol):
     """What `batches` needs of a data set with places 0 .. len - 1.
 
-    If it also has `draw(index, seed, epoch) -> Sample | None`, that is called instead of `dataset[index]`: randomness
-    (crop, template) comes from the three numbers, and None says that the sample is unreadable and has been counted.
-    Else, if it has `__getitems__(indices) -> list[Sample]`, a batch is read by one call of it.
+    If it also has `draw(index, seed, epoch)`, that is called instead of `dataset[index]`: randomness (crop, template)
+    comes from the three numbers, and None says that the sample is unreadable and has been counted.
+    Else, if it has `__getitems__(indices) -> list`, a batch is read by one call of it.
     """
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> Sample: ...
+    def __getitem__(self, index: int, /) -> Any: ...  # a Sample, or what `collate` takes
 
 
 class StreamDataset(Shards, Protocol):
@@ -92,7 +93,7 @@ class StreamDataset(Shards, Protocol):
 
 
 Mark = dict[str, Any]  # Stream.state()
-Positioned = Generator[tuple[Batch, dict[str, Any]], None, None]  # batches, each with the position after it
+Positioned = Generator[tuple[Any, dict[str, Any]], None, None]  # batches, each with the position after it
 Reader = Callable[[dict[str, Any]], Positioned]  # position -> what comes from there on
 
 
@@ -124,9 +125,12 @@ def collate(samples: list[Sample], indices: list[int], tokenizer: Callable[[list
     )
 
 
+_collate = collate  # where an argument of that name hides it
+
+
 def batches(
     dataset: MapDataset | StreamDataset | Mixture,
-    tokenizer: Callable[[list[str]], Tensor],
+    tokenizer: Callable[[list[str]], Tensor] | None,
     batch_size: int,
     *,
     seed: int,
@@ -137,6 +141,7 @@ def batches(
     workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    collate: Collate | None = None,
 ) -> Batches:
     """The batches of steps start_step, start_step + 1, ... of one rank; without end if `epochs` is None.
 
@@ -151,7 +156,7 @@ def batches(
 
     Args:
         dataset: MapDataset, StreamDataset, or a Mixture of these last.
-        tokenizer: maps B texts to int64 [B, T].
+        tokenizer: maps B texts to int64 [B, T]; None where `collate` does without.
         batch_size: B of this rank, at least 1.
         seed: any integer.
         start_step: the first step, counted from 0.
@@ -162,13 +167,15 @@ def batches(
             release Python's lock, and the counts of unreadable samples stay in one place.
         rank: 0 .. world_size - 1.
         world_size: how many processes read the data set together, each its own rows.
+        collate: makes a batch of B samples and their places, whatever the data set's samples are; None: a Batch.
 
     Returns:
-        Iterator over Batch of batch_size rows, or fewer at the end of an epoch without `drop_last`, which then is
-        shared out evenly. It has `state_dict` and `load_state_dict`.
+        Iterator over Batch, or what `collate` makes, of batch_size rows, or fewer at the end of an epoch without
+        `drop_last`, which then is shared out evenly. It has `state_dict` and `load_state_dict`.
 
     Raises:
-        ValueError: batch_size < 1, or start_step, epochs or workers < 0, no such rank, or epochs of a mixture.
+        ValueError: batch_size < 1, or start_step, epochs or workers < 0, no such rank, epochs of a mixture, or neither
+            tokenizer nor collate.
         DataError: the data set is empty, or smaller than one batch with `drop_last`, has fewer shards than there are
             ranks, or a whole batch is unreadable.
     """
@@ -180,7 +187,11 @@ def batches(
     if not 0 <= rank < world_size:
         raise ValueError(f"batches: rank must be 0 .. world_size - 1; got rank {rank} of {world_size}")
     drop_last = shuffle if drop_last is None else drop_last
-    plan = _Plan(tokenizer, batch_size, seed, shuffle, drop_last, epochs, workers, rank, world_size)
+    if collate is None:
+        if tokenizer is None:
+            raise ValueError("batches: needs a tokenizer, or a collate that does without")
+        collate = functools.partial(_collate, tokenizer=tokenizer)
+    plan = _Plan(collate, batch_size, seed, shuffle, drop_last, epochs, workers, rank, world_size)
     data: Any = dataset
     if not is_stream(data):
         return Batches(_map_reader(data, plan), plan.told() | {"samples": len(data)}, start_step, [data])
@@ -219,7 +230,7 @@ class Batches:
     def __iter__(self) -> Batches:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Any:  # a Batch, or what `collate` makes
         if self._batches is None:
             self._batches = self._read(self._position)
         batch, self._position = next(self._batches)
@@ -258,7 +269,7 @@ class Batches:
 class _Plan:
     """The arguments of `batches` that do not depend on the kind of data set."""
 
-    tokenizer: Callable[[list[str]], Tensor]
+    collate: Collate
     batch_size: int
     seed: int
     shuffle: bool
@@ -296,7 +307,7 @@ def _map_reader(dataset: Any, plan: _Plan) -> Reader:
         drawn = random_bits(seed, step, index, np.arange(REDRAWS)) % np.uint64(share)
         return (drawn.astype(np.int64) * world_size + rank).tolist()
 
-    def batch_at(step: int) -> tuple[int, Batch | None]:
+    def batch_at(step: int) -> tuple[int, Any]:
         epoch, place = divmod(step, per_epoch)
         of_all_ranks = order(epoch)[place * together : (place + 1) * together]
         indices = np.array_split(of_all_ranks, world_size)[rank].tolist()
@@ -316,7 +327,7 @@ def _map_reader(dataset: Any, plan: _Plan) -> Reader:
             raise DataError(
                 f"batches: not one sample of step {step} could be read; skipped so far: {dict(dataset.skipped)}"
             )
-        return step, collate(list(rows.values()), list(rows), plan.tokenizer) if rows else None
+        return step, plan.collate(list(rows.values()), list(rows)) if rows else None
 
     def read(position: dict[str, Any]) -> Positioned:
         start = position["step"]
@@ -374,8 +385,8 @@ def _stream_reader(sources: list[Any], weights: list[float], plan: _Plan) -> Rea
         if rows and not plan.drop_last:
             yield gathered(rows), {"step": step + 1, "mark": mark, "since": since}
 
-    def gathered(rows: list[tuple[int, Sample]]) -> Batch:
-        return collate([sample for _, sample in rows], [index for index, _ in rows], plan.tokenizer)
+    def gathered(rows: list[tuple[int, Sample]]) -> Any:
+        return plan.collate([sample for _, sample in rows], [index for index, _ in rows])
 
     return (lambda position: _one_ahead(read(position))) if plan.workers else read
 
