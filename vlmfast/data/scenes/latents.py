@@ -179,10 +179,10 @@ class Latents:
         )
 
 
-class _Field:
+class Field:
     """The number of each field in the hash. Numbers are never reused: a new field gets a new one."""
 
-    SCENE, BACKGROUND, PAIR, OBJECT, PLACE, POSITION, JITTER, ORDER, WORDING = range(9)
+    SCENE, BACKGROUND, PAIR, OBJECT, PLACE, POSITION, JITTER, ORDER, WORDING, QUESTION, COMPANY = range(11)
 
 
 class _Draws:
@@ -241,17 +241,17 @@ def sample(level: str, split: str, index: Sequence[int] | np.ndarray, seed: int 
     least, most = facts.objects
     n, rich, sized = len(index), int(facts.rich), len(facts.radii) > 1
 
-    scene = draws.bits(_Field.SCENE, 4)  # [n, 4]
+    scene = draws.bits(Field.SCENE, 4)  # [n, 4]
     count = least + below(scene[:, 0], most - least + 1)
     live = np.arange(most) < count[:, None]  # [n, K]
     style = below(scene[:, 1], len(STYLES) - 1)
     shape, colour = _pairs(draws, live, held_out=split == "comp-test")
-    objects = draws.bits(_Field.OBJECT, 4 * most).reshape(n, most, 4)
+    objects = draws.bits(Field.OBJECT, 4 * most).reshape(n, most, 4)
     size = below(objects[..., 0], len(facts.radii))
     radius = np.array(facts.radii)[size] * (920 + below(objects[..., 1], 161) if sized else 1000) // 1000
     texture = below(objects[..., 2], len(TEXTURES)) * rich
     orientation = (below(objects[..., 3], 8) & TURNS[shape]) * rich
-    place = draws.bits(_Field.PLACE, 9).argsort(1, kind="stable")[:, :most]
+    place = draws.bits(Field.PLACE, 9).argsort(1, kind="stable")[:, :most]
     x, y, visible = _layout(draws, facts, split, live, shape, radius, texture, orientation, place)
     return Latents(
         level=level,
@@ -274,8 +274,8 @@ def sample(level: str, split: str, index: Sequence[int] | np.ndarray, seed: int 
         radius=radius * live,
         rgb=_rgb(draws, colour) * live[..., None],
         visible=visible * live,
-        order=draws.bits(_Field.ORDER, most).argsort(1, kind="stable"),
-        wording=below(draws.bits(_Field.WORDING, 3), np.array([5, 5, 2**16])),
+        order=draws.bits(Field.ORDER, most).argsort(1, kind="stable"),
+        wording=below(draws.bits(Field.WORDING, 3), np.array([5, 5, 2**16])),
     )
 
 
@@ -293,7 +293,7 @@ def _pairs(draws: _Draws, live: np.ndarray, held_out: bool) -> tuple[np.ndarray,
     chosen = np.zeros(live.shape, np.int64)
 
     def draw(rows: np.ndarray, attempt: int) -> np.ndarray:
-        chosen[rows] = below(draws.bits(_Field.PAIR, most, attempt, rows), len(table))
+        chosen[rows] = below(draws.bits(Field.PAIR, most, attempt, rows), len(table))
         ordered = np.sort(np.where(live[rows], chosen[rows], -1 - np.arange(most)), 1)
         return (np.diff(ordered, axis=1) == 0).any(1)
 
@@ -308,7 +308,7 @@ def _rgb(draws: _Draws, colour: np.ndarray) -> np.ndarray:
     good = np.zeros((n, most), bool)
 
     def draw(rows: np.ndarray, attempt: int) -> np.ndarray:
-        drawn = colours.jitter(colour[rows], draws.bits(_Field.JITTER, 3 * most, attempt, rows).reshape(-1, most, 3))
+        drawn = colours.jitter(colour[rows], draws.bits(Field.JITTER, 3 * most, attempt, rows).reshape(-1, most, 3))
         lab[rows] = np.where(good[rows, :, None], lab[rows], drawn)
         good[rows] |= colours.acceptable(drawn, colour[rows])
         return ~good[rows].all(1)
@@ -319,7 +319,7 @@ def _rgb(draws: _Draws, colour: np.ndarray) -> np.ndarray:
 
 def _background(draws: _Draws, sized: bool) -> np.ndarray:
     """[n, 2, 3] a light colour, faintly tinted except at L0, and a somewhat darker one."""
-    bits = draws.bits(_Field.BACKGROUND, 5)
+    bits = draws.bits(Field.BACKGROUND, 5)
     tint = (below(bits[:, 1:4], 17) - 8) * sized
     first = np.clip(250 - below(bits[:, :1], 45 if sized else 8) + tint, 0, 255)
     return np.stack([first, first - 18 - below(bits[:, 4:], 15)], 1)
@@ -345,7 +345,7 @@ def _layout(
     pairs = live[:, :, None] & live[:, None, :] & ~np.eye(most, dtype=bool)  # [n, K, K]
 
     def draw(rows: np.ndarray, attempt: int) -> np.ndarray:
-        bits = draws.bits(_Field.POSITION, 2 * most, attempt, rows).reshape(-1, most, 2)
+        bits = draws.bits(Field.POSITION, 2 * most, attempt, rows).reshape(-1, most, 2)
         for axis, (low, high) in enumerate(ranges):
             centre[rows, :, axis] = low[rows] + below(bits[..., axis], high[rows] - low[rows] + 1)
         # The first object's x tells the split, modulo 5: no scene is ever in two splits.

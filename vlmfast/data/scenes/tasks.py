@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,12 +11,13 @@ import torch
 
 from vlmfast.data.conversation import IMAGE_MARK, Conversation, Turn, VlmSample
 from vlmfast.data.scenes.captions import GRANULARITIES, caption, references
-from vlmfast.data.scenes.latents import SPLIT_SIZES, Latents, check, sample
+from vlmfast.data.scenes.latents import SPLIT_SIZES, Latents, Scene, check, sample
+from vlmfast.data.scenes.questions import SCARCE, Draw, Question, ask, key, predicates
 from vlmfast.data.scenes.render import render
 from vlmfast.data.scenes.samples import MIXED
 from vlmfast.errors import DataError
 
-TASKS = ("caption",)
+TASKS = ("caption", "vqa")
 INSTRUCTIONS = {
     "word": "Describe the image in one word.",
     "phrase": "Describe the image in a phrase.",
@@ -24,6 +26,8 @@ INSTRUCTIONS = {
     "paragraph": "Describe the image in detail.",
 }
 CHUNK = 256  # items whose texts are made at a time
+STRIDE = 2**20  # item i of "vqa" looks for its scene at i, i + STRIDE, i + 2 · STRIDE, ...
+BLOCK = 64  # the most scenes that are looked at in one go for an item
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,8 @@ def dataset(
     seed: int = 0,
     *,
     granularity: str = "sentence",
+    families: Sequence[str] | None = None,
+    questions_per_image: int = 1,
 ) -> SceneTask:
     """A map-style data set of conversations about scenes.
 
@@ -109,6 +115,8 @@ def dataset(
         image_size: side in pixels; default: the level's.
         seed: which world.
         granularity: of captions: one of GRANULARITIES, or "mixed" for each scene its own.
+        families: of "vqa": some of `questions.predicates(level)`; default: all.
+        questions_per_image: of "vqa": how many questions, at least 1.
 
     Returns:
         SceneTask: len(), [i] -> VlmSample(conversation, image uint8 [1, 3, S, S]), truth(i), texts().
@@ -122,7 +130,10 @@ def dataset(
         raise DataError(f"scenes: task must be one of {', '.join(TASKS)}; got {task!r}")
     if granularity not in (*GRANULARITIES, MIXED):
         raise DataError(f"scenes: granularity must be one of {', '.join((*GRANULARITIES, MIXED))}; got {granularity!r}")
-    read = _captions(level, split, seed, granularity)
+    if task == "caption":
+        read = _captions(level, split, seed, granularity)
+    else:
+        read = _questions(level, split, seed, families, questions_per_image)
     return SceneTask(task, size, facts.image_size if image_size is None else image_size, read)
 
 
@@ -140,3 +151,64 @@ def _captions(level: str, split: str, seed: int, granularity: str) -> Read:
         return latents, items
 
     return read
+
+
+def _questions(level: str, split: str, seed: int, families: Sequence[str] | None, count: int) -> Read:
+    known = predicates(level)
+    families = tuple(known if families is None else families)
+    if not families or set(families) - set(known) or count < 1:
+        raise DataError(
+            f"scenes: families at {level} are some of {', '.join(known)}, and questions_per_image is at least 1; "
+            f"got {', '.join(families)} and {count}"
+        )
+    scarce = [family for family in families if family in SCARCE]
+    free = [family for family in families if family not in SCARCE]
+    keys = key(seed, level, split)
+
+    def first(place: int) -> tuple[str, str, str]:
+        """Family, predicate and wanted answer of an item's first question."""
+        draw = Draw(*keys, place)
+        # A scarce family can only come first: as often as makes it as frequent as the others.
+        some = scarce if draw.below(len(families)) < count * len(scarce) else free
+        return _wanted(draw.one(some or scarce or free), draw)
+
+    def _wanted(family: str, draw: Draw) -> tuple[str, str, str]:
+        predicate = draw.one(tuple(known[family]))
+        return family, predicate, draw.one(known[family][predicate])
+
+    def more(scene: Scene, question: Question, place: int) -> list[Question]:
+        """`count` questions about the scene, or as many as it has, in any order."""
+        draw = Draw(*keys, place, 1)
+        found = {question.text: question}
+        order = draw.shuffled(family for family in free if family != question.family)
+        for family in [*order, *draw.shuffled(free), *draw.shuffled(free)]:
+            if len(found) < count and (other := ask(scene, *_wanted(family, draw), draw)):
+                found.setdefault(other.text, other)
+        return draw.shuffled(found.values())
+
+    def read(places: Sequence[int]) -> tuple[Latents, list[list[Exchange]]]:
+        chosen: dict[int, int] = {}
+        items: dict[int, list[Exchange]] = {}
+        pending, start, block = list(dict.fromkeys(places)), 0, 1
+        while pending:
+            attempts = range(start, start + block)
+            latents = sample(level, split, [place + STRIDE * k for place in pending for k in attempts], seed)
+            for row, (place, attempt) in enumerate(itertools.product(pending, attempts)):
+                if place in items:
+                    continue
+                scene = latents.scene(row)
+                if question := ask(scene, *first(place), Draw(*keys, place, 0, attempt)):
+                    chosen[place] = scene.index
+                    items[place] = [
+                        _exchange(each) for each in (more(scene, question, place) if count > 1 else [question])
+                    ]
+            pending = [place for place in pending if place not in items]
+            start, block = start + block, min(4 * block, BLOCK)
+        return sample(level, split, [chosen[place] for place in places], seed), [items[place] for place in places]
+
+    return read
+
+
+def _exchange(question: Question) -> Exchange:
+    facts = {name: getattr(question, name) for name in ("family", "predicate", "candidates", "program")}
+    return Exchange(question.text, question.answer, lambda: facts)
