@@ -15,7 +15,7 @@ from torch import Tensor
 from vlmfast.errors import DataError, ShapeError, missing_extra
 
 BINS = 15
-TEMPERATURES = (0.01, 100.0)  # what a fit may give: answers that are all right would have it go to 0
+TEMPERATURES = (0.01, 100.0)  # between which a fit stays
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def fit_temperature(
         labels: [N] int64, of classes that the item has.
 
     Returns:
-        A number from 0.01 to 100. The first is what items give that are all right.
+        A number from 0.01 to 100; without bounds it would fall to 0 for items that are all right.
 
     Raises:
         ShapeError: logits is not [N, V] or labels is not [N].
@@ -270,7 +270,7 @@ def _checked(name: str, confidence: Tensor, correct: Tensor) -> tuple[Tensor, Te
             f"{name}: confidence and correct must both be [N], N > 0; got {tuple(confidence.shape)} and "
             f"{tuple(correct.shape)}"
         )
-    confidence, correct = confidence.detach().double().cpu(), correct.detach().double().cpu()
+    confidence, correct = (each.detach().double().cpu().contiguous() for each in (confidence, correct))
     if not ((confidence >= 0) & (confidence <= 1)).all():
         raise DataError(f"{name}: confidence must be in [0, 1]; got {confidence.min():g} to {confidence.max():g}")
     return confidence, correct
