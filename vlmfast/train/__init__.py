@@ -12,11 +12,13 @@ from vlmfast.train.log import read_metrics
 from vlmfast.train.loop import evaluate, fit
 from vlmfast.train.optim import adamw, parameter_groups
 from vlmfast.train.schedule import warmup_constant, warmup_cosine
-from vlmfast.train.step import NonFiniteError, SplitLoss, cached_step, plain_step
+from vlmfast.train.step import NonFiniteError, SplitLoss, SummedLoss, accumulated_step, cached_step, plain_step
 
 __all__ = [
     "NonFiniteError",
     "SplitLoss",
+    "SummedLoss",
+    "accumulated_step",
     "adamw",
     "cached_step",
     "checkpoints",
