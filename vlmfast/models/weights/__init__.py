@@ -16,7 +16,7 @@ from vlmfast.models.clip import Clip
 from vlmfast.models.config import ClipConfig, load_config
 from vlmfast.models.weights import hf, open_clip, openai
 from vlmfast.models.weights.align import load_align
-from vlmfast.models.weights.files import read_json, read_sharded, read_tensors, write_folder
+from vlmfast.models.weights.files import read_json, read_tensors, read_weights, write_folder
 from vlmfast.models.weights.table import inward, outward, row
 from vlmfast.ops.patch_embedding import interpolate_positions
 
@@ -200,11 +200,7 @@ def _read_folder(folder: Path) -> tuple[str, ClipConfig, dict[str, Tensor], Path
             return "vlmfast", load_config(ours), read_tensors(path), path
     if (folder / hf.CONFIG_FILE).is_file():
         config = hf.read_config(folder)
-        for name in (hf.WEIGHTS_FILE, "pytorch_model.bin"):
-            if (folder / name).is_file():
-                return "hf", config, read_tensors(folder / name), folder / name
-            if (folder / f"{name}.index.json").is_file():
-                return "hf", config, read_sharded(folder / f"{name}.index.json"), folder / f"{name}.index.json"
+        return "hf", config, *read_weights(folder)
     raise DataError(
         f"{folder}: holds no checkpoint that is known here: neither {open_clip.CONFIG_FILE} with "
         f"{open_clip.WEIGHTS_FILE} or checkpoints/latest, nor {hf.CONFIG_FILE} with {hf.WEIGHTS_FILE}"

@@ -9,7 +9,7 @@ import torch
 
 from vlmfast.errors import DataError
 from vlmfast.models.align import Align
-from vlmfast.models.weights.files import read_json, read_sharded, read_tensors
+from vlmfast.models.weights.files import read_json, read_weights
 from vlmfast.models.weights.table import inward, row
 
 
@@ -26,8 +26,7 @@ def load_align(folder: Path, dtype: torch.dtype) -> Align:
     processor = folder / "preprocessor_config.json"
     mean, std = _statistics(read_json(processor)) if processor.is_file() else ((0.5,) * 3, (0.5,) * 3)
     model = Align(read_json(folder / "config.json"), mean, std).to(dtype)
-    index = folder / "model.safetensors.index.json"
-    weights = read_sharded(index) if index.is_file() else read_tensors(folder / "model.safetensors")
+    weights, _ = read_weights(folder)
     weights = {name: value for name, value in weights.items() if not name.endswith(".embeddings.position_ids")}
     built = model.state_dict()
     model.load_state_dict(inward(weights, [row(name) for name in built], built, str(folder)))

@@ -59,6 +59,23 @@ def read_sharded(index: Path) -> dict[str, Tensor]:
     return {key: value for name in names for key, value in read_tensors(index.parent / Path(name).name).items()}
 
 
+def read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:
+    """The tensors of a Hugging Face folder, whole or in shards, and the file that holds or lists them.
+
+    Args:
+        folder: with model.safetensors or pytorch_model.bin, or an index of shards of either.
+    Raises:
+        DataError: there is none of them, or as `read_tensors` says.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        path, index = folder / name, folder / f"{name}.index.json"
+        if path.is_file():
+            return read_tensors(path), path
+        if index.is_file():
+            return read_sharded(index), index
+    raise DataError(f"{folder}: holds no weights: neither model.safetensors nor pytorch_model.bin, nor their index")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
