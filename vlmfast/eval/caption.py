@@ -123,7 +123,8 @@ def cider_d(candidates: Sequence[Caption], references: Sequence[Sequence[Caption
 
     Its quirks: the idf is log(N) - log(df), df in how many of the N sets of references the n-gram occurs and at least
     1, so that one candidate alone scores 0, and what a candidate scores depends on the others; the counts are clipped
-    in the numerator, not in the norms; the penalty's lengths are counted in bigrams. The corpus has the mean.
+    in the numerator, not in the norms; the penalty's lengths are counted in bigrams, which differ as the words do, one
+    caption being empty apart, and that scores 0. The corpus has the mean.
 
     Args:
         candidates: N captions.

@@ -74,11 +74,14 @@ def run(config: Config) -> None:
     }
     columns = (before.lower, before.upper, before.count, before.confidence, before.accuracy)
     table = [dict(zip(COLUMNS, row, strict=True)) for row in zip(*(each.tolist() for each in columns), strict=True)]
-    lines = ["", "bin              items  confidence  accuracy", *map(_line, table)]
+    over = (
+        "candidates" if predicted.classes else "right or wrong"
+    )  # where a prediction lacks probs with the truth in it
+    lines = [f"probabilities of: {over}", "", "bin              items  confidence  accuracy", *map(_line, table)]
     if config.plot is not None:
         _draw(config.plot, before, after, temperature)
         lines += ["", str(config.plot)]
-    tell(config, {"items": len(items), "metrics": metrics, "reliability": table}, lines)
+    tell(config, {"items": len(items), "metrics": metrics, "over": over, "reliability": table}, lines)
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class _Predicted:
 
 def _predicted(items: Sequence[Prediction]) -> _Predicted:
     """By candidates where every item has them and what was said and what is right are among them, else by score."""
-    if not (all(item.probs and item.prediction in item.probs and _right(item) for item in items)):
+    if not all(item.probs and item.prediction in item.probs and _right(item) for item in items):
         right = torch.tensor([exact_match(item.prediction, item.references) for item in items])
         score = torch.tensor([_score(item) for item in items], dtype=torch.float64).clamp(LEAST, 1 - LEAST)
         none = torch.zeros(len(items), dtype=torch.int64)
@@ -169,10 +172,8 @@ def _draw(path: Path, before: Reliability, after: Reliability, temperature: floa
     """The reliability diagram."""
     drawing = figure(figsize=(5, 5), layout="constrained")
     axes = drawing.add_subplot(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    filled = before.count > 0
-    axes.bar(
-        before.lower[filled], before.accuracy[filled], (before.upper - before.lower)[filled], align="edge", color=RIVAL
-    )
+    share = before.count / before.count.sum()
+    axes.bar(before.lower, share, before.upper - before.lower, align="edge", color=RIVAL, label="share of predictions")
     axes.plot([0, 1], [0, 1], color="black", linewidth=1)
     for table, colour, what in ((before, OURS, "as given"), (after, REFERENCE, f"scaled, T = {temperature:.2f}")):
         shown = table.count > 0
