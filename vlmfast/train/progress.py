@@ -108,4 +108,5 @@ def _losses(metrics: Mapping[str, float]) -> str:
 
 
 def _rate(metrics: Mapping[str, float]) -> str:
-    return f"{metrics['samples_per_second']:,.0f} samples/s" if "samples_per_second" in metrics else ""
+    rates = {"samples_per_second": "samples/s", "tokens_per_second": "tokens/s"}
+    return "  ".join(f"{metrics[name]:,.0f} {unit}" for name, unit in rates.items() if name in metrics)

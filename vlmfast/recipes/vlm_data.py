@@ -1,0 +1,401 @@
+"""The conversations that a vision-language model trains on and is asked about: scenes as tasks, or LLaVA's JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmfast.data.conversation import IMAGE_MARK, Aspect, Conversation, LlavaJson, Turn, VlmSample
+from vlmfast.data.lm_tokenizer import LmTokenizer, train_lm_tokenizer
+from vlmfast.data.order import random_bits
+from vlmfast.data.scenes import tasks
+from vlmfast.data.templates import TEMPLATES
+from vlmfast.errors import DataError
+from vlmfast.recipes.sources import SceneSplit
+
+Control = Literal["none", "blank", "shuffled"]
+
+GRAY = 128  # of every pixel of a blank image
+CHUNK = 256  # samples read at a time
+TEXTS = 20_000  # conversations that a tokenizer is trained on
+LEVELS = ("L0", "L1", "L2", "L3")
+
+
+@dataclass(kw_only=True)
+class VlmDataFlags:
+    """What the conversations are about."""
+
+    dataset_type: Literal["scenes", "llava"] = "scenes"
+    """scenes (made here, without end), or a file of LLaVA's format and a folder of images."""
+    image_folder: Path = Path()
+    """llava: where the names of images start."""
+    image_aspect_ratio: Literal["pad", "square", "squash"] | None = None
+    """llava: pad (a square of the mean colour around the image), square (its middle) or squash. Default: the model's
+    own, else pad."""
+    questions_per_image: int = 1
+    """scenes, vqa: so many questions about each image, in one conversation."""
+    granularity: Literal["word", "phrase", "sentence", "multi-sentence", "paragraph", "mixed"] = "sentence"
+    """scenes, caption: how much a caption tells."""
+    world: int = 0
+    """scenes: the seed of the world."""
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How images are prepared for a model: what a data set must know of it."""
+
+    image_hw: tuple[int, int]
+    image_mean: tuple[float, ...]
+    aspect: Aspect = "pad"
+
+
+class TaskMix:
+    """Scenes with a task each, drawn by weight: place i has one task for good.
+
+    Args:
+        sources: a data set of each task, all of one length.
+        weights: how often each task comes, in proportion.
+    """
+
+    def __init__(self, sources: Sequence[Any], weights: Sequence[float]) -> None:
+        self.sources, self._edges = list(sources), np.cumsum(weights) / sum(weights)
+
+    def __len__(self) -> int:
+        return len(self.sources[0])
+
+    def __getitem__(self, index: int) -> VlmSample:
+        return self._of(index)[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[VlmSample]:
+        """The items at many places, each task's in one call."""
+        found: dict[int, VlmSample] = {}
+        for source in self.sources:
+            own = [index for index in indices if self._of(index) is source]
+            if own:
+                found.update(zip(own, source.__getitems__(own), strict=True))
+        return [found[index] for index in indices]
+
+    def truth(self, index: int, turn: int = 0) -> dict[str, Any]:
+        """What scorers want to know of item `index`.
+
+        Args:
+            index: the item.
+            turn: which of its questions.
+        """
+        return self._of(index).truth(index, turn)
+
+    def texts(self) -> Iterator[str]:
+        """What is said, the tasks taking turns."""
+        for texts in zip(*(source.texts() for source in self.sources), strict=True):
+            yield from texts
+
+    def _of(self, index: int) -> Any:
+        chance = float(random_bits(index) >> np.uint64(11)) * 2.0**-53
+        return self.sources[int(np.searchsorted(self._edges, chance, side="right"))]
+
+
+class Changed:
+    """A data set whose samples pass through a function: what a model is shown instead of them.
+
+    Args:
+        dataset: of VlmSample.
+        change: sample -> sample.
+    """
+
+    def __init__(self, dataset: Any, change: Any) -> None:
+        self.dataset, self._change = dataset, change
+        if hasattr(dataset, "skips"):
+            self.skips = dataset.skips
+            self.draw = self._draw
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> VlmSample:
+        return self._change(self.dataset[index])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[VlmSample]:
+        return [self._change(sample) for sample in self.dataset.__getitems__(indices)]
+
+    def _draw(self, index: int, seed: int, epoch: int) -> VlmSample | None:
+        sample = self.dataset.draw(index, seed, epoch)
+        return None if sample is None else self._change(sample)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.dataset, name)
+
+
+def blank(sample: VlmSample) -> VlmSample:
+    """The sample with gray images: what can be answered without looking.
+
+    Args:
+        sample: stays as it is.
+    """
+    return replace(sample, image=torch.full_like(sample.image, GRAY))
+
+
+def without_images(sample: VlmSample) -> VlmSample:
+    """The sample as text alone.
+
+    Args:
+        sample: stays as it is.
+    """
+    conversation = sample.conversation
+    turns = (replace(turn, text=turn.text.replace(IMAGE_MARK, "").strip()) for turn in conversation.turns)
+    return VlmSample(replace(conversation, images=(), turns=tuple(turns)), sample.image[:0])
+
+
+def open_conversations(
+    flags: VlmDataFlags, where: str, task: str, split: SceneSplit, size: int | None, pixels: Pixels | None
+) -> Any:
+    """The data set that the flags name, of VlmSample; a file of LLaVA's format is refused if a record of it is wrong.
+
+    Args:
+        flags: the kind of data.
+        where: a level of scenes, or a file.
+        task: scenes: tasks by name, "caption" or "caption=1,vqa=3" with weights; not looked at for a file.
+        split: of scenes.
+        size: how many scenes; None: 100 000 to train, else 5 000.
+        pixels: how images are prepared; None: as the level makes them (for scenes only).
+    Raises:
+        DataError: no such level, task or file; a record that cannot be trained on, with its name and how many there
+            are; an image that is missing.
+    """
+    if flags.dataset_type == "llava":
+        if not where or pixels is None:
+            raise DataError("--dataset-type llava needs a JSON file: --train-data, --val-data or --data")
+        found = LlavaJson(where, flags.image_folder, pixels.image_hw, aspect=pixels.aspect, mean=pixels.image_mean)
+        if wrong := found.describe_skipped():
+            raise DataError(f"{where}: {wrong.replace('skipped', 'cannot use', 1)}. Mend or remove them")
+        for conversation in found.conversations:
+            for name in conversation.images:
+                if not (found.image_folder / name).is_file():
+                    raise DataError(
+                        f"{where}: sample {conversation.id!r}: there is no image {found.image_folder / name}"
+                    )
+        return found
+    if where and where not in LEVELS:
+        raise DataError(f"scenes are of the levels {', '.join(LEVELS)}; got {where!r}. Files need --dataset-type llava")
+    weights = task_weights(task)
+    how: dict[str, Any] = {"size": size, "image_size": None if pixels is None else pixels.image_hw[0]}
+    made = []
+    for name in weights:
+        options: dict[str, Any] = {"granularity": flags.granularity} if name == "caption" else {}
+        if name == "vqa":
+            options = {"questions_per_image": flags.questions_per_image}
+        made.append(tasks.dataset(where or "L1", split, name, seed=flags.world, **how, **options))
+    return made[0] if len(made) == 1 else TaskMix(made, list(weights.values()))
+
+
+def task_weights(task: str) -> dict[str, float]:
+    """Task -> weight, of words such as "caption,vqa" or "caption=1,vqa=3".
+
+    Args:
+        task: what --vlm-task says.
+    Raises:
+        DataError: a weight is no number > 0.
+    """
+    weights = {}
+    for part in task.split(","):
+        name, _, weight = part.partition("=")
+        try:
+            weights[name.strip()] = float(weight or 1)
+        except ValueError:
+            weights[name.strip()] = math.nan
+        if not 0 < weights[name.strip()] < math.inf:
+            raise DataError(
+                f"--vlm-task {task!r}: the weight of {name!r} must be a number > 0, such as caption=1,vqa=3"
+            )
+    return weights
+
+
+def train_vocabulary(dataset: Any, template: str, vocab_size: int) -> LmTokenizer:
+    """A tokenizer of what is said in the data set, and of the words of the template around it.
+
+    Args:
+        dataset: what `open_conversations` returned.
+        template: one of TEMPLATES.
+        vocab_size: V at most.
+    Raises:
+        DataError: vocab_size is too small for the bytes.
+    """
+    frame = Conversation("", (), (Turn("user", "?"), Turn("assistant", "!")))
+    around = TEMPLATES[template].render(frame, bos="", eos="").text
+    marks = [TEMPLATES[template].end] if TEMPLATES[template].end.startswith("<|") else []
+    special = [*marks, *(["<|im_start|>"] if marks else [])]
+
+    def texts() -> Iterator[str]:
+        for text in islice(dataset.texts(), TEXTS):
+            yield text
+            yield around
+
+    try:
+        return train_lm_tokenizer(texts(), vocab_size, special=special)
+    except ValueError as error:
+        raise DataError(f"--vocab-size {vocab_size}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question: what a model is shown, and what is known of the answer."""
+
+    id: str
+    conversation: Conversation  # ends with the question
+    image: Tensor  # [n, 3, H, W] uint8
+    task: str = ""
+    references: tuple[str, ...] = ()  # every right answer; none if nobody knows
+    candidates: tuple[str, ...] = ()  # what can be answered at all; none if that is open
+    group: str | None = None
+
+    @property
+    def question(self) -> str:
+        """The last question, without the marks of images."""
+        return self.conversation.turns[-1].text.replace(IMAGE_MARK, "").strip()
+
+
+@dataclass(frozen=True)
+class Items:
+    """The questions of a data set, each answered turn of a conversation being one, made when they are asked for.
+
+    Args:
+        dataset: what `open_conversations` returned.
+        size: at most so many; None: all.
+    """
+
+    dataset: Any
+    size: int | None = None
+    places: list[tuple[int, int]] = field(default_factory=list)  # (sample, turn of the answer)
+
+    def __post_init__(self) -> None:
+        wanted = math.inf if self.size is None else self.size
+        for index, conversation in enumerate(_conversations(self.dataset)):
+            if len(self.places) >= wanted:
+                break
+            turns = conversation.turns
+            self.places.extend((index, place) for place, turn in enumerate(turns) if turn.role == "assistant")
+        if self.size is not None:
+            del self.places[self.size :]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, number: int) -> Item:
+        index, place = self.places[number]
+        return self._item(self.dataset[index], index, place)
+
+    def read(self, numbers: Sequence[int]) -> list[Item]:
+        """The items of those numbers, scenes drawn in one call.
+
+        Args:
+            numbers: places among the items.
+        """
+        places = [self.places[number] for number in numbers]
+        indices = list(dict.fromkeys(index for index, _ in places))
+        samples = dict(zip(indices, _read(self.dataset, indices), strict=True))
+        return [self._item(samples[index], index, place) for index, place in places]
+
+    def _item(self, sample: VlmSample, index: int, place: int) -> Item:
+        conversation = sample.conversation
+        turns = conversation.turns[:place]
+        images = sum(turn.text.count(IMAGE_MARK) for turn in turns)
+        rounds = sum(turn.role == "assistant" for turn in conversation.turns)
+        turn = sum(each.role == "assistant" for each in turns)
+        asked = replace(conversation, turns=turns, images=conversation.images[:images])
+        id = conversation.id if rounds == 1 else f"{conversation.id}/{turn}"
+        about = self.dataset.truth(index, turn) if hasattr(self.dataset, "truth") else {}
+        answer = conversation.turns[place].text
+        return Item(
+            id,
+            asked,
+            sample.image[:images],
+            str(about.get("task", "")),
+            tuple(about.get("references") or (about.get("answer", answer),)),
+            tuple(about.get("candidates", ())),
+            about.get("family") or about.get("strategy"),
+        )
+
+
+def _read(dataset: Any, indices: Sequence[int]) -> list[VlmSample]:
+    whole = getattr(dataset, "__getitems__", None)
+    return whole(indices) if whole else [dataset[index] for index in indices]
+
+
+def _conversations(dataset: Any) -> Iterator[Conversation]:
+    """All conversations of a data set, in order."""
+    if hasattr(dataset, "conversations"):
+        yield from dataset.conversations
+        return
+    for first in range(0, len(dataset), CHUNK):
+        for sample in _read(dataset, range(first, min(first + CHUNK, len(dataset)))):
+            yield sample.conversation
+
+
+def controlled(items: Items, numbers: Sequence[int], control: Control) -> list[Item]:
+    """The items as a control shows them: the same questions about no image, or about another item's.
+
+    What a model still answers right then, it knows without the image.
+
+    Args:
+        items: all of them.
+        numbers: which.
+        control: "none"; "blank": gray images; "shuffled": those of the first item after half the set that shows
+            something else.
+    Raises:
+        DataError: shuffled, and all items show the same.
+    """
+    own = items.read(numbers)
+    if control == "none":
+        return own
+    if control == "blank":
+        return [replace(item, image=torch.full_like(item.image, GRAY)) for item in own]
+    away = items.read([(number + len(items) // 2) % len(items) for number in numbers])
+    return [
+        replace(item, image=other.image if _differ(item, other) else _another(items, number, item))
+        for number, item, other in zip(numbers, own, away, strict=True)
+    ]
+
+
+def _differ(item: Item, other: Item) -> bool:
+    return item.image.shape == other.image.shape and not torch.equal(item.image, other.image)
+
+
+def _another(items: Items, number: int, item: Item) -> Tensor:
+    for step in range(1, len(items)):
+        other = items[(number + len(items) // 2 + step) % len(items)]
+        if _differ(item, other):
+            return other.image
+    raise DataError(f"--control shuffled: no item shows anything else than {item.id!r}; give more items")
+
+
+def read_questions(path: Path, image_folder: Path) -> list[dict[str, Any]]:
+    """The questions of a JSONL file: objects with "question" (or "text"), "image", and perhaps "question_id" or "id".
+
+    Args:
+        path: the file.
+        image_folder: where the images' names start.
+    Raises:
+        DataError: a line is not such an object.
+    """
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            question, image = entry.get("question", entry.get("text")), entry["image"]
+        except (ValueError, KeyError, AttributeError):
+            question = None
+        if not isinstance(question, str):
+            raise DataError(f'{path}:{number}: must be an object with "image" and "question"; got {line[:80]}')
+        id = str(entry.get("question_id", entry.get("id", number)))
+        found.append({"id": id, "question": question, "image": image_folder / image})
+    return found
