@@ -7,6 +7,7 @@ and by float64 + − × ÷, the same on every machine; lengths are in 1024ths of
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Sequence
@@ -41,6 +42,12 @@ HELD_OUT = frozenset((n % 12, (7 * n + 3) % 10) for n in range(18))
 _PAIRS = np.array(list(itertools.product(range(len(SHAPES)), range(len(COLOURS)))))
 _IS_HELD_OUT = np.array([tuple(pair) in HELD_OUT for pair in _PAIRS.tolist()])
 
+# Who keeps company at L3-cooc: of a group two come together, 6 pairs in all; the other six shapes are common.
+GROUPS = (("star", "heart", "crescent"), ("ring", "arrow", "car"))
+_GROUPS = np.array([[SHAPES.index(name) for name in group] for group in GROUPS])
+_COMMON = np.array([s for s in range(len(SHAPES)) if s not in _GROUPS])
+GROUP_SHARE = 0.11  # of the scenes, for each group, before those with held-out pairs are drawn again
+
 
 @dataclass(frozen=True)
 class Level:
@@ -52,6 +59,8 @@ class Level:
         radii: radius of each size, in 1024ths of the image; varied by ± 8 % where there are several.
         overlap: whether objects may cover each other.
         rich: whether there are textures, orientations, styles and backgrounds.
+        distractors: whether each object has another of its shape or colour, as far as held-out pairs allow.
+        company: whether a scene has three shapes, of which some come together (GROUPS).
     """
 
     image_size: int
@@ -59,12 +68,16 @@ class Level:
     radii: tuple[int, ...]
     overlap: bool
     rich: bool
+    distractors: bool = False
+    company: bool = False
 
 
 LEVELS = {
     "L0": Level(32, (1, 1), (307,), overlap=False, rich=False),
     "L1": Level(64, (1, 2), (82, 123, 184), overlap=False, rich=False),
     "L2": Level(96, (2, 4), (102, 153, 230), overlap=True, rich=True),
+    "L3": Level(128, (3, 9), (92, 138, 207), overlap=True, rich=True, distractors=True),
+    "L3-cooc": Level(128, (3, 9), (92, 138, 207), overlap=True, rich=True, distractors=True, company=True),
 }
 
 
@@ -206,7 +219,8 @@ def check(level: str, split: str) -> Level:
     """The level's facts.
 
     Raises:
-        DataError: there is no such level or split, or the level has one style and so no style-test.
+        DataError: there is no such level or split, the level has one style and so no style-test, or it has company and
+            so no comp-test.
     """
     if level not in LEVELS:
         raise DataError(f"scenes: level must be one of {', '.join(LEVELS)}; got {level!r}")
@@ -215,6 +229,8 @@ def check(level: str, split: str) -> Level:
     if split == "style-test" and not LEVELS[level].rich:
         rich = ", ".join(name for name, facts in LEVELS.items() if facts.rich)
         raise DataError(f"scenes: level {level} has one style, so no split 'style-test'; levels that have: {rich}")
+    if split == "comp-test" and LEVELS[level].company:
+        raise DataError(f"scenes: level {level} has no split 'comp-test': held-out pairs are too few to keep company")
     return LEVELS[level]
 
 
@@ -222,7 +238,7 @@ def sample(level: str, split: str, index: Sequence[int] | np.ndarray, seed: int 
     """The latents of the samples `index`.
 
     Args:
-        level: "L0", "L1" or "L2".
+        level: a key of LEVELS.
         split: "train", "val", "test", "comp-test" (held-out (shape, colour) pairs), "style-test" (held-out style).
         index: [n] numbers 0 .. 2**31 - 1, in any order.
         seed: which world.
@@ -245,7 +261,7 @@ def sample(level: str, split: str, index: Sequence[int] | np.ndarray, seed: int 
     count = least + below(scene[:, 0], most - least + 1)
     live = np.arange(most) < count[:, None]  # [n, K]
     style = below(scene[:, 1], len(STYLES) - 1)
-    shape, colour = _pairs(draws, live, held_out=split == "comp-test")
+    shape, colour = _pairs(draws, facts, live, held_out=split == "comp-test")
     objects = draws.bits(Field.OBJECT, 4 * most).reshape(n, most, 4)
     size = below(objects[..., 0], len(facts.radii))
     radius = np.array(facts.radii)[size] * (920 + below(objects[..., 1], 161) if sized else 1000) // 1000
@@ -286,19 +302,68 @@ def _redraw(n: int, draw: Callable[[np.ndarray, int], np.ndarray]) -> None:
         rows, attempt = rows[draw(rows, attempt)], attempt + 1
 
 
-def _pairs(draws: _Draws, live: np.ndarray, held_out: bool) -> tuple[np.ndarray, np.ndarray]:
+def _pairs(draws: _Draws, facts: Level, live: np.ndarray, held_out: bool) -> tuple[np.ndarray, np.ndarray]:
     """(shape, colour) [n, K] each: pairs of the split; those of a scene differ, so that a pair tells which object."""
     table = _PAIRS[held_out == _IS_HELD_OUT]
     most = live.shape[1]
     chosen = np.zeros(live.shape, np.int64)
+    # Every second object, and the last one, is a distractor of the one before it.
+    second = (np.arange(most) % 2 == 1) | (np.arange(most) == live.sum(1, keepdims=True) - 1)
 
     def draw(rows: np.ndarray, attempt: int) -> np.ndarray:
-        chosen[rows] = below(draws.bits(Field.PAIR, most, attempt, rows), len(table))
+        bits = draws.bits(Field.PAIR, most, attempt, rows)
+        if facts.company:
+            chosen[rows] = _company(bits, draws.bits(Field.COMPANY, 6 + most, attempt, rows), second[rows])
+        else:
+            chosen[rows] = below(bits, len(table))
+            for k in range(1, most) if facts.distractors else ():
+                kind, before = (bits[:, k] & np.uint64(1)).astype(np.int64), chosen[rows, k - 1]
+                near, count = (each[kind, before] for each in _neighbours(held_out))
+                distractor = near[np.arange(len(rows)), below(bits[:, k], count)]
+                chosen[rows, k] = np.where(second[rows, k], distractor, chosen[rows, k])
         ordered = np.sort(np.where(live[rows], chosen[rows], -1 - np.arange(most)), 1)
-        return (np.diff(ordered, axis=1) == 0).any(1)
+        return (np.diff(ordered, axis=1) == 0).any(1) | (live[rows] & (chosen[rows] >= len(table))).any(1)
 
     _redraw(len(live), draw)
+    chosen = np.minimum(chosen, len(table) - 1)
     return table[chosen, 0], table[chosen, 1]
+
+
+@functools.cache
+def _neighbours(held_out: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The other pairs [2, pairs, ...] of each pair's shape, and of its colour, and how many they are [2, pairs].
+
+    Where there are none, those of the other kind stand; if there are none either, all others.
+    """
+    table = _PAIRS[held_out == _IS_HELD_OUT]
+    others = ~np.eye(len(table), dtype=bool)
+    near = (table[:, None] == table).transpose(2, 0, 1) & others  # [2, pairs, pairs]
+    for more in (near[::-1].copy(), others[None]):
+        near |= ~near.any(-1, keepdims=True) & more
+    count = near.sum(-1)
+    return np.argsort(~near, -1, kind="stable")[..., : count.max()], count
+
+
+def _company(colour_bits: np.ndarray, bits: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """[rows, K] places in the table of pairs that are not held out, or its length for a pair that is.
+
+    Three shapes: two of a group and a common one, or three common ones; the first three objects have one each. A
+    distractor of another shape has the colour of the object before it.
+    """
+    rows, most = np.arange(len(bits)), second.shape[1]
+    group = below(bits[:, 0], 1000) // int(1000 * GROUP_SHARE)  # 0 and 1: a group; more: none
+    common = _COMMON[bits[:, 6 : 6 + len(_COMMON)].argsort(1, kind="stable")[:, :3]]
+    pair = _GROUPS[np.minimum(group, 1)][rows[:, None], bits[:, 1:4].argsort(1, kind="stable")[:, :2]]
+    cast = np.where((group < 2)[:, None], np.concatenate([pair, common[:, :1]], 1), common)
+    cast = cast[rows[:, None], bits[:, 3:6].argsort(1, kind="stable")]
+    which = np.where(np.arange(most) < 3, np.arange(most), below(bits[:, 6:], 3))
+    shape = cast[rows[:, None], which]
+    colour = below(colour_bits, len(COLOURS))
+    for k in range(1, most):
+        follows = second[:, k] & (shape[:, k] != shape[:, k - 1])
+        colour[:, k] = np.where(follows, colour[:, k - 1], colour[:, k])
+    place = np.where(_IS_HELD_OUT, (~_IS_HELD_OUT).sum(), np.cumsum(~_IS_HELD_OUT) - 1)
+    return place[shape * len(COLOURS) + colour]
 
 
 def _rgb(draws: _Draws, colour: np.ndarray) -> np.ndarray:
@@ -351,10 +416,13 @@ def _layout(
         # The first object's x tells the split, modulo 5: no scene is ever in two splits.
         centre[rows, 0, 0] += SPLITS.index(split) - centre[rows, 0, 0] % len(SPLITS)
         at, r = centre[rows], radius[rows]
-        visible[rows] = _visible(live[rows], shape[rows], hollow[rows], orientation[rows], at, r)
         gap = abs(at[:, :, None] - at[:, None])  # [rows, K, K, 2]
         near = gap.max(-1) < APART if facts.overlap else (gap**2).sum(-1) <= (r[:, :, None] + r[:, None] + 10) ** 2
-        return (pairs[rows] & near).any((1, 2)) | (live[rows] & (visible[rows] < VISIBLE * POINTS)).any(1)
+        bad = (pairs[rows] & near).any((1, 2))
+        rest = rows[~bad]  # what is covered is looked at only in these
+        visible[rest] = _visible(live[rest], shape[rest], hollow[rest], orientation[rest], centre[rest], radius[rest])
+        bad[~bad] = (live[rest] & (visible[rest] < VISIBLE * POINTS)).any(1)
+        return bad
 
     _redraw(n, draw)
     return centre[..., 0], centre[..., 1], visible

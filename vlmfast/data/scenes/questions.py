@@ -247,7 +247,7 @@ def _logic(scene: Scene, word: str, wanted: str, draw: Draw) -> Made:
     if word == "not":
         said = {kind: (gone if wanted == "yes" else here)[0]}
         return f"Is there no {_noun(said)}?", ("not", ("exist", _set(said))), wanted
-    if len(here) < 2:
+    if min(len(here), len(gone)) < 2:
         return None
     one, other = [here[0], here[1]], [gone[0], gone[1]]
     mixed = draw.shuffled([here[0], gone[0]])
