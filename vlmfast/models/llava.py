@@ -42,6 +42,10 @@ class LlavaConfig:
         if self.vision.pool_type != "tok" or not isinstance(layers, int):
             kind = "a ResNet" if not isinstance(layers, int) else f"pooled by {self.vision.pool_type!r}"
             raise DataError(f"Llava: the image tower must be a ViT with a class token; got one that is {kind}")
+        if self.decoder.norm == "layer":
+            raise DataError(
+                "Llava: the decoder must be shaped like Llama or Qwen2, as on disk there is no other; got GPT-2"
+            )
         for name, known in (("select", SELECTS), ("projector", PROJECTORS), ("activation", tuple(ACTIVATIONS))):
             if getattr(self, name) not in known:
                 raise DataError(f"Llava: {name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")

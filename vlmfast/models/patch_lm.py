@@ -70,7 +70,7 @@ class PatchLmConfig:
         Raises:
             DataError: another kind of model, or a key that is unknown or missing.
         """
-        values = dict(config)
+        values: dict[str, Any] = dict(config)
         kind = values.pop("model_type", MODEL_TYPE)
         if kind != MODEL_TYPE:
             raise DataError(f"{name}: model_type must be {MODEL_TYPE!r}; got {kind!r}")
@@ -79,8 +79,8 @@ class PatchLmConfig:
             raise DataError(f"{name}: unknown: {', '.join(unknown)}. Known: {', '.join(sorted(known))}")
         if missing := sorted({"decoder", "image_token_id"} - set(values)):
             raise DataError(f"{name}: {', '.join(missing)} missing")
-        values["decoder"] = DecoderConfig.from_dict(values["decoder"])
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        return cls(**{**values, "decoder": DecoderConfig.from_dict(values["decoder"])})
 
 
 class PatchLm(Vlm):

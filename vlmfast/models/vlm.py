@@ -146,7 +146,7 @@ class Vlm(nn.Module):
                 count for nothing: no token predicts them.
             cu_seqlens: [B + 1] int32, 0 and then where each sequence ends.
             max_seqlen: no sequence is longer. None: read from cu_seqlens.
-            prefix: [B] int64, how many tokens of each sequence see each other; a causal model takes no notice.
+            prefix: [B] int64, how many first tokens of each sequence see each other; a causal model takes no notice.
             num_supervised: what "mean" divides by instead of the supervised tokens, as `vlmfast.linear_cross_entropy`.
             reduction: "mean", "sum", or "none": [tokens] losses, of labels[i] in place i, 0 where it is not supervised.
         Returns: [] float32, or [tokens]. Without a supervised token 0.
@@ -236,56 +236,65 @@ class Vlm(nn.Module):
         self, ids: Tensor, image: Tensor, labels: Tensor, cu_seqlens: Tensor, prefix: Tensor | None
     ) -> tuple[Tensor, int]:
         """What each token predicts, [tokens], -100 where that is not supervised; and how many do. A GPU waits once."""
+        _check_shapes(ids, labels, cu_seqlens)
         tokens, P, V = len(ids), self.image_tokens, self.decoder.config.vocab_size
-        if ids.dim() != 1 or not tokens or labels.shape != ids.shape or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
-            got = ", ".join(str(tuple(x.shape)) for x in (ids, labels, cu_seqlens))
-            raise ShapeError(f"Vlm: ids and labels must be [tokens] and cu_seqlens [B + 1], packed; got {got}")
-        if ids.dtype != torch.int64 or labels.dtype != torch.int64 or cu_seqlens.dtype != torch.int32:
-            got = f"{ids.dtype}, {labels.dtype}, {cu_seqlens.dtype}"
-            raise DTypeError(f"Vlm: ids and labels must be int64 and cu_seqlens int32; got {got}")
-        if self.prefix_lm and (prefix is None or prefix.shape != (len(cu_seqlens) - 1,)):
-            got = None if prefix is None else tuple(prefix.shape)
-            raise ShapeError(f"Vlm: a prefix-LM needs prefix [B], B = {len(cu_seqlens) - 1}, with its batch; got {got}")
-        start, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-        unpacked = (start[0] != 0) | (end[-1] != tokens) | (start > end).any()
-        start, end = start.clamp(0, tokens), end.clamp(0, tokens)
+        bounds = cu_seqlens.long().clamp(0, tokens)
+        start, end = bounds[:-1], bounds[1:]
         shifted = labels.roll(-1)
         shifted[(end - 1).clamp(min=0)] = IGNORED
         on = shifted != IGNORED
-        at_image = ids == self.image_token_id
-        held = _within(at_image, start, end)  # [B] image tokens
-        leaks = torch.zeros_like(held)
-        if self.prefix_lm and prefix is not None:  # token i is predicted by row i - 1
-            leaks = _within(on, start, torch.minimum(start + prefix - 1, end)) + ((prefix < 0) | (prefix > end - start))
-        wrong_id, wrong_label = (ids < 0) | (ids >= V), on & ((shifted < 0) | (shifted >= V))
-        bad = [unpacked, wrong_id.any(), wrong_label.any(), (held % P != 0).any(), leaks.any()]
-        count, images, *found = torch.stack([on.sum(), held.sum(), *(x.long() for x in bad)]).tolist()
-        if found[0]:
-            raise ShapeError(
-                f"Vlm: cu_seqlens must rise from 0 to the number of tokens, {tokens}; got {cu_seqlens.tolist()[:9]}"
-            )
-        for name, values, wrong in (("ids", ids, wrong_id), ("labels", labels.roll(-1), wrong_label)):
-            if wrong.any():
-                i = int(wrong.nonzero()[0])
-                raise ValueError(
-                    f"Vlm: {name} must be in [0, {V}){' or -100' if name == 'labels' else ''}; got {int(values[i])} in "
-                    f"sequence {int((end <= i).sum())}, one of {int(wrong.sum())}"
+        held = _within(ids == self.image_token_id, start, end)  # [B] image tokens
+        wrong = {
+            "cu_seqlens": torch.cat([bounds != cu_seqlens, start > end, bounds[:1] != 0, bounds[-1:] != tokens]),
+            "ids": (ids < 0) | (ids >= V),
+            "labels": (on & ((shifted < 0) | (shifted >= V))).roll(1),
+            "images": held % P != 0,
+        }
+        if self.prefix_lm:
+            if prefix is None or prefix.shape != start.shape:
+                raise ShapeError(
+                    f"Vlm: a prefix-LM needs prefix [B], B = {len(start)}: how many tokens of each sequence see each "
+                    f"other; got {None if prefix is None else tuple(prefix.shape)}"
                 )
-        if found[3]:
-            b = int((held % P != 0).nonzero()[0])
-            raise ShapeError(
-                f"Vlm: sequence {b} has {int(held[b])} image tokens (id {self.image_token_id}), which are no whole "
-                f"images of {P}: each image is {P} image tokens"
-            )
-        if images != len(image) * P:
+            # Row i predicts token i + 1: the prefix's last row may be supervised, those before it may not.
+            seen = _within(on, start, torch.minimum(start + prefix - 1, end))
+            wrong["prefix"] = (seen > 0) | (prefix < 0) | (prefix > end - start)
+        count, images, *bad = torch.stack([on.sum(), held.sum(), *(x.any().long() for x in wrong.values())]).tolist()
+        if any(bad) or images != len(image) * P:
+            name = next((name for name, is_bad in zip(wrong, bad, strict=True) if is_bad), "")
+            first = int(wrong[name].nonzero()[0]) if name else 0
+            sequence = int((end <= first).sum())  # of token `first`
+            if name == "cu_seqlens":
+                raise ShapeError(
+                    f"Vlm: cu_seqlens must rise from 0 to the number of tokens, {tokens}; got {cu_seqlens}"
+                )
+            if name in ("ids", "labels"):
+                values, ignored = (ids, "") if name == "ids" else (labels, f" or {IGNORED}")
+                raise ValueError(
+                    f"Vlm: {name} must be in [0, {V}){ignored}; got {int(values[first])} in sequence {sequence}, "
+                    f"token {first - int(start[sequence])}"
+                )
+            if name == "images":
+                raise ShapeError(
+                    f"Vlm: sequence {first} has {int(held[first])} image tokens (id {self.image_token_id}), which are "
+                    f"no whole images of {P} tokens. The batch has {images} for {len(image)} images"
+                )
+            if prefix is not None and name == "prefix":
+                raise ShapeError(
+                    f"Vlm: the prefix of sequence {first}, {int(prefix[first])} of its {int(end[first] - start[first])} "
+                    "tokens, must end before the first supervised one, which would see itself"
+                )
             raise ShapeError(self._misfit("Vlm", images, len(image)))
-        if found[4]:
-            b = int(leaks.nonzero()[0])
-            raise ShapeError(
-                f"Vlm: the prefix of sequence {b}, {int(prefix[b])} tokens of {int((end - start)[b])}, must end before "
-                "the first supervised token: it would see itself"
-            )
         return shifted, count
+
+
+def _check_shapes(ids: Tensor, labels: Tensor, cu_seqlens: Tensor) -> None:
+    if ids.dim() != 1 or not len(ids) or labels.shape != ids.shape or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (ids, labels, cu_seqlens))
+        raise ShapeError(f"Vlm: ids and labels must be [tokens], packed, and cu_seqlens [B + 1]; got {shapes}")
+    if ids.dtype != torch.int64 or labels.dtype != torch.int64 or cu_seqlens.dtype != torch.int32:
+        dtypes = f"{ids.dtype}, {labels.dtype} and {cu_seqlens.dtype}"
+        raise DTypeError(f"Vlm: ids and labels must be int64 and cu_seqlens int32; got {dtypes}")
 
 
 def _within(marks: Tensor, start: Tensor, end: Tensor) -> Tensor:

@@ -102,6 +102,22 @@ def read_config(folder: Path) -> ClipConfig:
     return ClipConfig(**model, **statistics)
 
 
+def vision_tower(path: Path, config: Mapping[str, Any]) -> tuple[VisionConfig, str]:
+    """The sizes of a CLIP's image tower and its activation, a key of `vlmfast.layers.ACTIVATIONS`.
+
+    Args:
+        path: what errors call the file.
+        config: a "vision_config"; what it does not say is CLIP's.
+    Raises:
+        DataError: one that is not built here.
+    """
+    vision = {**CLIP_VISION, **config}
+    _, _, act = _activations(path, vision, vision)
+    return VisionConfig(**_vision_sizes(path, vision), act_kwargs=act, norm_kwargs=_eps(vision)), ACTIVATIONS[
+        vision["hidden_act"]
+    ]
+
+
 def config_file(config: ClipConfig) -> dict[str, Any]:
     """What config.json holds.
 
