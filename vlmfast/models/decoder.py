@@ -166,13 +166,13 @@ class _Attention(nn.Module):
         cache, T = sight.cache, sight.max_seqlen
         assert cache is not None
         keys, values = cache.read(self.layer, sight.reach)
-        q = q.to(keys.dtype)
+        dtype, q = q.dtype, q.to(keys.dtype)
         if sight.grid is not None:
             q = q.new_zeros(cache.rows * T, *q.shape[1:]).index_copy(0, sight.grid, q)
         # A group's queries are told apart like tokens, so that no head of the cache is copied for each of them.
         groups = q.view(cache.rows, T, self.kv_heads, -1, q.shape[-1]).permute(0, 2, 3, 1, 4)  # [B, kv, G, T, K]
         mixed = F.scaled_dot_product_attention(groups.flatten(2, 3), keys, values, sight.mask)
-        return take(mixed.view(groups.shape).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1), sight.grid)
+        return take(mixed.view(groups.shape).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1), sight.grid).to(dtype)
 
 
 def _among_themselves(q: Tensor, k: Tensor, v: Tensor, sight: _Sight) -> Tensor:
