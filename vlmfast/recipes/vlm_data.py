@@ -14,7 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmfast.data.conversation import IMAGE_MARK, Aspect, Conversation, LlavaJson, Turn, VlmSample
+from vlmfast.data.conversation import (
+    IMAGE_MARK,
+    Aspect,
+    Conversation,
+    LlavaJson,
+    Turn,
+    VlmSample,
+    load_vlm_image,
+)
 from vlmfast.data.lm_tokenizer import LmTokenizer, train_lm_tokenizer
 from vlmfast.data.order import random_bits
 from vlmfast.data.scenes import tasks
@@ -339,7 +347,7 @@ def _conversations(dataset: Any) -> Iterator[Conversation]:
             yield sample.conversation
 
 
-def controlled(items: Items, numbers: Sequence[int], control: Control) -> list[Item]:
+def controlled(items: Items | Questions, numbers: Sequence[int], control: Control) -> list[Item]:
     """The items as a control shows them: the same questions about no image, or about another item's.
 
     What a model still answers right then, it knows without the image.
@@ -368,7 +376,7 @@ def _differ(item: Item, other: Item) -> bool:
     return item.image.shape == other.image.shape and not torch.equal(item.image, other.image)
 
 
-def _another(items: Items, number: int, item: Item) -> Tensor:
+def _another(items: Items | Questions, number: int, item: Item) -> Tensor:
     for step in range(1, len(items)):
         other = items[(number + len(items) // 2 + step) % len(items)]
         if _differ(item, other):
@@ -376,26 +384,67 @@ def _another(items: Items, number: int, item: Item) -> Tensor:
     raise DataError(f"--control shuffled: no item shows anything else than {item.id!r}; give more items")
 
 
-def read_questions(path: Path, image_folder: Path) -> list[dict[str, Any]]:
-    """The questions of a JSONL file: objects with "question" (or "text"), "image", and perhaps "question_id" or "id".
+class Questions:
+    """The questions of a JSONL file about images in a folder, as LLaVA's and POPE's question files have them.
+
+    A line is an object with "image", "text" or "question", and perhaps "question_id" or "id", "label" or "answer" (what
+    is right) and "category" (a group).
 
     Args:
         path: the file.
         image_folder: where the images' names start.
+        pixels: how images are prepared.
+        size: at most so many; None: all.
     Raises:
-        DataError: a line is not such an object.
+        DataError: a line is not such an object, or an image is missing.
     """
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            question, image = entry.get("question", entry.get("text")), entry["image"]
-        except (ValueError, KeyError, AttributeError):
-            question = None
-        if not isinstance(question, str):
-            raise DataError(f'{path}:{number}: must be an object with "image" and "question"; got {line[:80]}')
-        id = str(entry.get("question_id", entry.get("id", number)))
-        found.append({"id": id, "question": question, "image": image_folder / image})
-    return found
+
+    def __init__(self, path: Path, image_folder: Path, pixels: Pixels, size: int | None = None) -> None:
+        self._pixels, self._found = pixels, []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if line.strip():
+                self._found.append((_question(f"{path}:{number}", number, line), f"{path}:{number}"))
+        self._found = self._found[:size]
+        self._folder = image_folder
+        for item, where in self._found:
+            if not (image_folder / item.conversation.images[0]).is_file():
+                raise DataError(f"{where}: there is no image {image_folder / item.conversation.images[0]}")
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __getitem__(self, number: int) -> Item:
+        item, where = self._found[number]
+        data, how = (self._folder / item.conversation.images[0]).read_bytes(), self._pixels
+        return replace(
+            item, image=load_vlm_image(data, how.image_hw, aspect=how.aspect, mean=how.image_mean, where=where)[None]
+        )
+
+    def read(self, numbers: Sequence[int]) -> list[Item]:
+        """The items of those numbers.
+
+        Args:
+            numbers: places among the items.
+        """
+        return [self[number] for number in numbers]
+
+
+def _question(where: str, number: int, line: str) -> Item:
+    try:
+        entry = json.loads(line)
+        question, image = entry.get("question", entry.get("text")), entry.get("image")
+    except (ValueError, AttributeError):
+        question = image = None
+    if not isinstance(question, str) or not isinstance(image, str):
+        raise DataError(f'{where}: must be an object with "image" and "text" or "question"; got {line[:80]}')
+    right = entry.get("label", entry.get("answer"))
+    conversation = Conversation(
+        str(entry.get("question_id", entry.get("id", number))), (image,), (Turn("user", f"{IMAGE_MARK}\n{question}"),)
+    )
+    return Item(
+        conversation.id,
+        conversation,
+        torch.empty(0),
+        references=() if right is None else (str(right),),
+        group=entry.get("category"),
+    )

@@ -22,7 +22,7 @@ from vlmfast.models.generate import Generation
 from vlmfast.models.vlm import Vlm
 from vlmfast.models.weights.vlm import load_vlm
 from vlmfast.recipes.sources import pick_device
-from vlmfast.recipes.vlm_data import Control, Item, Items, Pixels, controlled
+from vlmfast.recipes.vlm_data import Control, Item, Items, Pixels, Questions, controlled
 
 MODEL_FOLDER = "model"  # in a run's folder
 CONVERSATION_FILE = "conversation.json"  # in a model's folder: how it was trained to talk
@@ -229,7 +229,7 @@ def _continuation(talker: Talker, item: Item, prompt: Tensor, candidate: str) ->
 
 
 def predict(
-    talker: Talker, items: Items, flags: VlmFlags, *, control: Control = "none", rank: bool = False
+    talker: Talker, items: Items | Questions, flags: VlmFlags, *, control: Control = "none", rank: bool = False
 ) -> Iterator[list[Prediction]]:
     """The model's answers, a batch after the other.
 

@@ -1,0 +1,120 @@
+"""What `vlmfast caption` and `vlmfast vqa` have in common: what is asked, with which control, and where answers go."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmfast.data.templates import TEMPLATES
+from vlmfast.errors import DataError
+from vlmfast.eval.predictions import Prediction, write_predictions
+from vlmfast.recipes.progress import counted
+from vlmfast.recipes.sources import SceneSplit
+from vlmfast.recipes.train_vlm import accuracies
+from vlmfast.recipes.vlm_data import Control, Items, Questions, VlmDataFlags, open_conversations
+from vlmfast.recipes.vlm_predict import Talker, VlmFlags, answer, ask, open_talker, predict
+
+SIZE = 500  # questions about scenes, where no number is given
+
+
+@dataclass(kw_only=True)
+class AskFlags(VlmFlags, VlmDataFlags):
+    """What is asked of a model, and where its answers go."""
+
+    images: tuple[Path, ...]
+    """Image files, each asked about by itself."""
+    level: str = ""
+    """Ask about scenes of this level instead."""
+    split: SceneSplit = "test"
+    """Of scenes."""
+    data: str = ""
+    """Ask what a file of LLaVA's format asks instead; its answers are the references."""
+    questions: Path | None = None
+    """Ask a file of questions instead, as LLaVA's and POPE's are: lines with "image", "text" and "question_id"."""
+    n: int | None = None
+    """At most so many questions. Default: 500 of scenes, all of a file."""
+    control: Control = "none"
+    """blank: gray images; shuffled: another question's image. What is still answered right needs no image."""
+    out: Path | None = None
+    """Write the predictions here, one JSON object a line, for vlmfast eval."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def run_ask(config: AskFlags, task: str, question: str, candidates: Sequence[str] = (), rank: bool = False) -> None:
+    """Asks, prints the answers or their accuracy, and writes the predictions.
+
+    Args:
+        config: the flags.
+        task: of scenes.
+        question: what is asked about image files.
+        candidates: possible answers to it.
+        rank: choose among a question's candidates instead of writing.
+    Raises:
+        DataError: nothing is asked, or more than one thing; the model or the data cannot be read.
+    """
+    asked = [bool(config.images), bool(config.level), bool(config.data), config.questions is not None]
+    if sum(asked) != 1:
+        raise DataError("say what is asked about by one of: image files, --level, --data, --questions")
+    talker = open_talker(config)
+    if config.images:
+        found = _of_files(config, talker, question, candidates)
+    else:
+        items = _items(config, talker, task)
+        batches = predict(talker, items, config, control=config.control, rank=rank)
+        found = [each for part in counted(batches, "answers", len(items)) for each in part]
+    if config.out is not None:
+        write_predictions(config.out, found)
+    _tell(config, found)
+
+
+def _of_files(config: AskFlags, talker: Talker, question: str, candidates: Sequence[str]) -> list[Prediction]:
+    if config.control != "none":
+        raise DataError("--control is for questions with known answers: --level, --data or --questions")
+    if not question and not TEMPLATES[talker.template].marks_only:
+        raise DataError("image files need a --question")
+    found: list[Prediction] = []
+    for first in range(0, len(config.images), config.batch_size):
+        paths = config.images[first : first + config.batch_size]
+        items = [ask([path], talker, question, candidates) for path in paths]
+        found += answer(talker, items, config, rank=bool(candidates))
+    return found
+
+
+def _items(config: AskFlags, talker: Talker, task: str) -> Items | Questions:
+    if config.questions is not None:
+        return Questions(config.questions, config.image_folder, talker.pixels, config.n)
+    if config.data:
+        config.dataset_type = "llava"
+        return Items(open_conversations(config, config.data, task, config.split, None, talker.pixels), config.n)
+    size = config.n or SIZE
+    return Items(open_conversations(config, config.level, task, config.split, size, talker.pixels), size)
+
+
+def _tell(config: AskFlags, found: Sequence[Prediction]) -> None:
+    """Prints the answers to image files, and the accuracy of the others."""
+    scores = accuracies([each for each in found if each.references])
+    if config.json:
+        answers: list[dict[str, Any]] = [
+            {
+                "id": each.id,
+                "images": each.input["images"],
+                "prediction": each.prediction,
+                "score": each.score,
+                "probs": each.probs,
+            }
+            for each in found
+        ]
+        print(json.dumps({"predictions": answers, "scores": scores}))
+    elif config.images:
+        for each in found:
+            print(f"{each.input['images'][0]}\t{each.prediction}\t{each.confidence:.3f}")
+            for candidate, chance in sorted((each.probs or {}).items(), key=lambda pair: -pair[1]):
+                print(f"\t{candidate}\t{chance:.3f}")
+    else:
+        for name, value in scores.items():
+            print(f"{name:<30} {value:.4f}")
+        print(f"{len(found)} answers" + (f": {config.out}" if config.out else ""))
