@@ -213,8 +213,9 @@ def supervise(
 ) -> Dialogue:
     """The token ids of a conversation, and as labels those of its answers and of the end mark behind each.
 
-    A token that lies across the edge of an answer is supervised: at the front it is the space and the first word, which
-    a model has to write as one; at the back, where the end mark is no token of its own, it is how an answer ends.
+    What is supervised is what a model has to write where a prompt ends: the space that a template has before an answer,
+    the answer and the end mark. A token that lies across the edge of that is supervised: where the end mark is no token
+    of its own, it is how an answer ends.
     A question without an answer at the end is left out. Too long a conversation is cut after its last whole round that
     fits, so never in an answer or an image.
 

@@ -37,7 +37,7 @@ class LmTokenizer:
 
     Args:
         inner: a `tokenizers.Tokenizer`.
-        config: what a tokenizer_config.json says.
+        config: what a tokenizer_config.json says: the texts of eos_token and pad_token.
 
     Raises:
         DataError: config names no end-of-text token, or one that is not in the vocabulary.
@@ -53,12 +53,8 @@ class LmTokenizer:
             )
         self.added = () if inner.token_to_id(IMAGE_MARK) is not None else (IMAGE_MARK,)
         inner.add_special_tokens([IMAGE_MARK])
-        put_first = inner.encode("").ids[:1]  # by the template of the file, which is of no use for parts of a text
-        bos = _content(config.get("bos_token"))
-        if config.get("add_bos_token", bool(put_first)):
-            bos = inner.id_to_token(put_first[0]) if bos is None and put_first else bos
-        else:
-            bos = None
+        start = inner.encode("a")
+        bos = inner.id_to_token(start.ids[0]) if start.special_tokens_mask[0] else None
         self.bos, self.eos = bos, eos
         pad = _content(config.get("pad_token")) or eos
         self.eos_id, self.pad_id, self.image_token_id = (_id(inner, name) for name in (eos, pad, IMAGE_MARK))
@@ -77,7 +73,8 @@ class LmTokenizer:
             text: any text.
 
         Returns:
-            An Encoding. Offsets count characters of `text`; the bytes of one character each have its offsets.
+            An Encoding. Offsets count characters of `text`. Tokens that spell one character in bytes all have its
+            offsets, or in a Unigram vocabulary those of all the unknown characters that stand together there.
         """
         found = self._inner.encode(text, add_special_tokens=False)
         return Encoding(found.ids, found.offsets)
@@ -185,9 +182,9 @@ def train_lm_tokenizer(texts: Iterable[str], vocab_size: int, *, special: Sequen
 def load_lm_tokenizer(folder: str | os.PathLike[str]) -> LmTokenizer:
     """The tokenizer of a model's folder: one that `save` wrote, or Hugging Face's of a Llama, GPT-2, Qwen2, LLaVA, ...
 
-    Which tokens begin and end a text is what tokenizer_config.json and special_tokens_map.json say. Whether a text
-    begins with one is what `add_bos_token` says, and where it says nothing, what tokenizer.json does. Tokens of
-    added_tokens.json and of `added_tokens_decoder` that tokenizer.json lacks are put in, with their ids.
+    A text ends with the eos_token of tokenizer_config.json or special_tokens_map.json, and begins with what the
+    template of tokenizer.json puts there, if anything; `add_bos_token` says nothing beside that, as in transformers 5.
+    Tokens of added_tokens.json and of `added_tokens_decoder` that tokenizer.json lacks are put in, with their ids.
 
     Args:
         folder: has tokenizer.json and tokenizer_config.json.

@@ -1,7 +1,7 @@
 """How a conversation becomes one text, and which characters of it a model learns to write.
 
 The texts are those of LLaVA's conversation templates (Liu et al. 2023), their end-of-text token being the tokenizer's
-own. What a model learns is each answer and the end mark behind it.
+own. What a model learns is each answer, with the space before it and the end mark behind it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Rendered(NamedTuple):
     """A conversation as one text."""
 
     text: str
-    spans: tuple[tuple[int, int], ...]  # characters [start, end) that a model learns to write: answers and end marks
+    spans: tuple[tuple[int, int], ...]  # characters [start, end) that a model learns to write: lead, answer, end
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Template:
     """The text around the turns of a conversation.
 
     A round is `user[0]`, the question, `user[1]`, `answer`, then `lead`, the answer, `end`. A prompt stops behind
-    `answer`, so that `lead` (a space, which most vocabularies join to the word behind it) is the model's to write.
+    `answer`, so that all the rest is the model's to write, with `lead`: a space, which most vocabularies join to the
+    word behind it.
     """
 
     name: str
@@ -75,9 +76,9 @@ class Template:
         end, text, spans = self.end.replace(EOS, eos), "", []
         for place, turn in enumerate(turns):
             if turn.role == "assistant":
-                text += self.lead
-                spans.append((len(text), len(text) + len(turn.text) + len(end)))
-                text += turn.text + end
+                written = self.lead + turn.text + end
+                spans.append((len(text), len(text) + len(written)))
+                text += written
                 continue
             question = IMAGE_MARK * turn.text.count(IMAGE_MARK) if self.marks_only else turn.text
             if place:
