@@ -163,7 +163,8 @@ def test_cider_d_does_not_pay_for_repeating():
 
 @pytest.mark.parametrize("scorer", [rouge_l, cider_d])
 def test_a_word_more_that_is_right_is_worth_more(scorer):
-    whole, rest = ["a", "red", "square", "left", "of", "a", "blue", "circle"], [["two", "green", "stars"], ["one", "dog"]]
+    whole = ["a", "red", "square", "left", "of", "a", "blue", "circle"]
+    rest = [["two", "green", "stars"], ["one", "dog"]]
     references = [[whole], *([each] for each in rest)]
     scores = [scorer([whole[:n], *rest], references)[0] for n in range(4, len(whole) + 1)]
     assert (np.diff(scores) > 0).all()

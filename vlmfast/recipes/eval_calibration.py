@@ -172,13 +172,15 @@ def _draw(path: Path, before: Reliability, after: Reliability, temperature: floa
     """The reliability diagram."""
     drawing = figure(figsize=(5, 5), layout="constrained")
     axes = drawing.add_subplot(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    share = before.count / before.count.sum()
-    axes.bar(before.lower, share, before.upper - before.lower, align="edge", color=RIVAL, label="share of predictions")
+    share, width = before.count / before.count.sum(), before.upper - before.lower
+    axes.bar(
+        before.lower.numpy(), share.numpy(), width.numpy(), align="edge", color=RIVAL, label="share of predictions"
+    )
     axes.plot([0, 1], [0, 1], color="black", linewidth=1)
     for table, colour, what in ((before, OURS, "as given"), (after, REFERENCE, f"scaled, T = {temperature:.2f}")):
         shown = table.count > 0
         label = f"{what}: ECE {table.expected_error:.3f}"
-        axes.plot(table.confidence[shown], table.accuracy[shown], "o-", color=colour, label=label)
+        axes.plot(table.confidence[shown].numpy(), table.accuracy[shown].numpy(), "o-", color=colour, label=label)
     axes.legend(loc="upper left", frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     drawing.savefig(path, dpi=150)
