@@ -61,16 +61,17 @@ def test_layer_norm_in_low_precision_keeps_wide_statistics():
     assert torch.equal(norm(x), wide.bfloat16())
 
 
-def test_activations_are_the_three_of_released_models():
+def test_activations_are_those_of_released_models():
     x = torch.linspace(-4, 4, 33, dtype=torch.float64)
     assert_close(quick_gelu(x), x / (1 + torch.exp(-1.702 * x)), **EXACT64)
     assert_close(ACTIVATIONS["gelu"](x), x / 2 * (1 + torch.erf(x / math.sqrt(2))), **EXACT64)
     tanh = x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     assert_close(ACTIVATIONS["gelu_tanh"](x), tanh, **EXACT64)
+    assert_close(ACTIVATIONS["silu"](x), x / (1 + torch.exp(-x)), **EXACT64)
 
 
 def test_mlp_refuses_an_unknown_activation():
-    with pytest.raises(ValueError, match=r"one of gelu, gelu_tanh, quick_gelu; got 'relu'"):
+    with pytest.raises(ValueError, match=r"one of gelu, gelu_tanh, quick_gelu, silu; got 'relu'"):
         Mlp(8, 16, "relu")
 
 
