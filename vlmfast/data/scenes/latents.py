@@ -46,7 +46,7 @@ _IS_HELD_OUT = np.array([tuple(pair) in HELD_OUT for pair in _PAIRS.tolist()])
 GROUPS = (("star", "heart", "crescent"), ("ring", "arrow", "car"))
 _GROUPS = np.array([[SHAPES.index(name) for name in group] for group in GROUPS])
 _COMMON = np.array([s for s in range(len(SHAPES)) if s not in _GROUPS])
-GROUP_SHARE = 0.11  # of the scenes, for each group, before those with held-out pairs are drawn again
+GROUP_SHARE = 0.06  # of the scenes, for each group, before those with held-out pairs are drawn again
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class Latents:
 class Field:
     """The number of each field in the hash. Numbers are never reused: a new field gets a new one."""
 
-    SCENE, BACKGROUND, PAIR, OBJECT, PLACE, POSITION, JITTER, ORDER, WORDING, QUESTION, COMPANY = range(11)
+    SCENE, BACKGROUND, PAIR, OBJECT, PLACE, POSITION, JITTER, ORDER, WORDING, QUESTION, COMPANY, POPE = range(12)
 
 
 class _Draws:

@@ -12,12 +12,13 @@ import torch
 from vlmfast.data.conversation import IMAGE_MARK, Conversation, Turn, VlmSample
 from vlmfast.data.scenes.captions import GRANULARITIES, caption, references
 from vlmfast.data.scenes.latents import SPLIT_SIZES, Latents, Scene, check, sample
+from vlmfast.data.scenes.pope import PER_IMAGE, STRATEGIES, pope
 from vlmfast.data.scenes.questions import SCARCE, Draw, Question, ask, key, predicates
 from vlmfast.data.scenes.render import render
 from vlmfast.data.scenes.samples import MIXED
 from vlmfast.errors import DataError
 
-TASKS = ("caption", "vqa")
+TASKS = ("caption", "vqa", *(f"pope-{strategy}" for strategy in STRATEGIES))
 INSTRUCTIONS = {
     "word": "Describe the image in one word.",
     "phrase": "Describe the image in a phrase.",
@@ -26,6 +27,7 @@ INSTRUCTIONS = {
     "paragraph": "Describe the image in detail.",
 }
 CHUNK = 256  # items whose texts are made at a time
+POPE_SIZE = 3000  # items by default: 500 images, as published
 STRIDE = 2**20  # item i of "vqa" looks for its scene at i, i + STRIDE, i + 2 · STRIDE, ...
 BLOCK = 64  # the most scenes that are looked at in one go for an item
 
@@ -101,6 +103,7 @@ def dataset(
     granularity: str = "sentence",
     families: Sequence[str] | None = None,
     questions_per_image: int = 1,
+    cooc: bool = False,
 ) -> SceneTask:
     """A map-style data set of conversations about scenes.
 
@@ -117,24 +120,35 @@ def dataset(
         granularity: of captions: one of GRANULARITIES, or "mixed" for each scene its own.
         families: of "vqa": some of `questions.predicates(level)`; default: all.
         questions_per_image: of "vqa": how many questions, at least 1.
+        cooc: of L3: the world in which six pairs of shapes come together four times as often as by chance, or more.
 
     Returns:
         SceneTask: len(), [i] -> VlmSample(conversation, image uint8 [1, 3, S, S]), truth(i), texts().
 
     Raises:
-        DataError: there is no such level, split, task or granularity, or a size is out of range.
+        DataError: there is no such level, split, task, granularity or family, or a size is out of range.
     """
+    if cooc and level != "L3":
+        raise DataError(f"scenes: cooc=True is a variant of level L3; got level {level!r}")
+    level = "L3-cooc" if cooc else level
     facts = check(level, split)
-    size = SPLIT_SIZES[split] if size is None else size
+    size = (POPE_SIZE if task.startswith("pope") else SPLIT_SIZES[split]) if size is None else size
+    side = facts.image_size if image_size is None else image_size
     if task not in TASKS:
         raise DataError(f"scenes: task must be one of {', '.join(TASKS)}; got {task!r}")
     if granularity not in (*GRANULARITIES, MIXED):
         raise DataError(f"scenes: granularity must be one of {', '.join((*GRANULARITIES, MIXED))}; got {granularity!r}")
+    if not 1 <= size <= STRIDE:
+        raise DataError(f"scenes: a task has 1 .. 2**20 items; got size {size}")
+    if not 16 <= side <= 2048:
+        raise DataError(f"scenes: image_size must be 16 .. 2048 pixels; got {side}")
     if task == "caption":
         read = _captions(level, split, seed, granularity)
-    else:
+    elif task == "vqa":
         read = _questions(level, split, seed, families, questions_per_image)
-    return SceneTask(task, size, facts.image_size if image_size is None else image_size, read)
+    else:
+        read = _pope(level, split, seed, task.removeprefix("pope-"))
+    return SceneTask(task, size, side, read)
 
 
 def _captions(level: str, split: str, seed: int, granularity: str) -> Read:
@@ -205,6 +219,20 @@ def _questions(level: str, split: str, seed: int, families: Sequence[str] | None
             pending = [place for place in pending if place not in items]
             start, block = start + block, min(4 * block, BLOCK)
         return sample(level, split, [chosen[place] for place in places], seed), [items[place] for place in places]
+
+    return read
+
+
+def _pope(level: str, split: str, seed: int, strategy: str) -> Read:
+    coming = pope(level, split, strategy, seed)
+    images: list[tuple[int, list[Question]]] = []  # as far as they were asked for
+
+    def read(places: Sequence[int]) -> tuple[Latents, list[list[Exchange]]]:
+        while len(images) <= max(places) // PER_IMAGE:
+            images.append(next(coming))
+        of = [images[place // PER_IMAGE] for place in places]
+        items = [[_exchange(asked[place % PER_IMAGE])] for place, (_, asked) in zip(places, of, strict=True)]
+        return sample(level, split, [index for index, _ in of], seed), items
 
     return read
 
