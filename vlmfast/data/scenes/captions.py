@@ -158,7 +158,7 @@ def caption(scene: Scene, granularity: str = "sentence", paraphrase: int | None 
     """
     if order not in ORDERS:
         raise DataError(f"scenes: order must be one of {', '.join(ORDERS)}; got {order!r}")
-    scene = _in_reading_order(scene) if order == "reading" else scene
+    scene = in_reading_order(scene) if order == "reading" else scene
     p = scene.wording[0] if paraphrase is None else paraphrase
     if not 0 <= p < PARAPHRASES:
         raise DataError(f"scenes: paraphrase must be 0 .. {PARAPHRASES - 1}; got {paraphrase}")
@@ -186,7 +186,7 @@ def references(scene: Scene, granularity: str = "sentence") -> list[str]:
     Raises:
         DataError: there is no such granularity.
     """
-    canonical = _in_reading_order(scene)
+    canonical = in_reading_order(scene)
     count, own = len(scene.objects), canonical.wording
     named = {"word": 1, "phrase": 1, "sentence": min(2, count)}.get(granularity, count)
     orders = itertools.permutations(canonical.order, named) if named <= ALL_ORDERS else [canonical.order]
@@ -236,7 +236,7 @@ def swapped(scene: Scene, granularity: str = "sentence", paraphrase: int | None 
     return caption(candidates[scene.wording[2] % len(candidates)], granularity, paraphrase)
 
 
-def _in_reading_order(scene: Scene) -> Scene:
+def in_reading_order(scene: Scene) -> Scene:
     """The scene with its objects named place by place, row by row, and a word naming the colour."""
     if LEVELS[scene.level].objects == (1, 1):
         return replace(scene, wording=(*scene.wording[:2], 0))

@@ -195,7 +195,9 @@ class Latents:
 class Field:
     """The number of each field in the hash. Numbers are never reused: a new field gets a new one."""
 
-    SCENE, BACKGROUND, PAIR, OBJECT, PLACE, POSITION, JITTER, ORDER, WORDING, QUESTION, COMPANY, POPE = range(12)
+    SCENE, BACKGROUND, PAIR, OBJECT, PLACE, POSITION, JITTER, ORDER, WORDING, QUESTION, COMPANY, POPE, INSTRUCT = range(
+        13
+    )
 
 
 class _Draws:

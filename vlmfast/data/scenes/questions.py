@@ -176,7 +176,7 @@ Made = tuple[str, Program, str] | None
 def _exist(scene: Scene, predicate: str, wanted: str, draw: Draw) -> Made:
     kinds = predicate.split()
     said = _present(scene, kinds, draw) if wanted == "yes" else _absent(scene, kinds, draw)
-    return f"Is there {_a(said)}?", ("exist", _set(said)), wanted
+    return f"Is there {a_noun(said)}?", ("exist", _set(said)), wanted
 
 
 def _count(scene: Scene, kind: str, wanted: str, draw: Draw) -> Made:
@@ -185,14 +185,14 @@ def _count(scene: Scene, kind: str, wanted: str, draw: Draw) -> Made:
     if not values:
         return None
     said = {kind: draw.one(values)}
-    return f"How many {_noun(said, many=True)} are there?", ("count", _set(said)), wanted
+    return f"How many {noun(said, many=True)} are there?", ("count", _set(said)), wanted
 
 
 def _query(scene: Scene, kind: str, wanted: str, draw: Draw) -> Made:
     for thing in draw.shuffled(scene.objects):
         answer, said = getattr(thing, kind), _name(scene, thing, draw, without=(kind,))
         if said and _kept(scene, kind, answer, draw):
-            return _asked(kind, f"the {_noun(said)}"), ("query", kind, _set(said)), answer
+            return _asked(kind, f"the {noun(said)}"), ("query", kind, _set(said)), answer
     return None
 
 
@@ -204,7 +204,7 @@ def _compare(scene: Scene, which: str, wanted: str, draw: Draw) -> Made:
             if unlike:
                 more, fewer = ({kind: value} for value in draw.one(unlike))
                 a, b = (more, fewer) if (which == "more") == (wanted == "yes") else (fewer, more)
-                text = f"Are there {which} {_noun(a, many=True)} than {_noun(b, many=True)}?"
+                text = f"Are there {which} {noun(a, many=True)} than {noun(b, many=True)}?"
                 return text, (which, _set(a), _set(b)), wanted
         return None
     rank = SIZES.index
@@ -213,7 +213,7 @@ def _compare(scene: Scene, which: str, wanted: str, draw: Draw) -> Made:
         names = _two_names(scene, things, draw, without=("size", "place"))
         if names:
             a, b = names
-            return f"Is the {_noun(a)} {which} than the {_noun(b)}?", (which, _set(a), _set(b)), wanted
+            return f"Is the {noun(a)} {which} than the {noun(b)}?", (which, _set(a), _set(b)), wanted
     return None
 
 
@@ -223,7 +223,7 @@ def _relate(scene: Scene, relation: str, wanted: str, draw: Draw) -> Made:
         names = _two_names(scene, things, draw, without=("place",))
         if names:
             a, b = names
-            text = f"Is the {_noun(a)} {_words(relation)} the {_noun(b)}?"
+            text = f"Is the {noun(a)} {in_words(relation)} the {noun(b)}?"
             return text, ("relates", relation, _set(a), _set(b)), wanted
     return None
 
@@ -236,7 +236,7 @@ def _same(scene: Scene, predicate: str, wanted: str, draw: Draw) -> Made:
         if names:
             a, b = names
             how = f"the same {kind} as" if which == "same" else f"a different {kind} from"
-            return f"Does the {_noun(a)} have {how} the {_noun(b)}?", (which, kind, _set(a), _set(b)), wanted
+            return f"Does the {noun(a)} have {how} the {noun(b)}?", (which, kind, _set(a), _set(b)), wanted
     return None
 
 
@@ -246,7 +246,7 @@ def _logic(scene: Scene, word: str, wanted: str, draw: Draw) -> Made:
     gone = draw.shuffled(value for value in VALUES[kind] if value not in here)
     if word == "not":
         said = {kind: (gone if wanted == "yes" else here)[0]}
-        return f"Is there no {_noun(said)}?", ("not", ("exist", _set(said))), wanted
+        return f"Is there no {noun(said)}?", ("not", ("exist", _set(said))), wanted
     if min(len(here), len(gone)) < 2:
         return None
     one, other = [here[0], here[1]], [gone[0], gone[1]]
@@ -255,7 +255,7 @@ def _logic(scene: Scene, word: str, wanted: str, draw: Draw) -> Made:
     odd, even = (one, other) if word == "and" else (other, one)
     values = odd if (word == "and") == (wanted == "yes") else draw.one((mixed, draw.shuffled(mixed), even))
     a, b = ({kind: value} for value in values)
-    text = f"Is there {_a(a)} {word} {_a(b)}?"
+    text = f"Is there {a_noun(a)} {word} {a_noun(b)}?"
     return text, (word, ("exist", _set(a)), ("exist", _set(b))), wanted
 
 
@@ -273,7 +273,7 @@ def _two_hop(scene: Scene, kind: str, wanted: str, draw: Draw) -> Made:
                 continue
             if _offset(target, relation, anchor) < APART / UNIT or not _kept(scene, kind, getattr(target, kind), draw):
                 break
-            what = f"the {_noun(word)} {_words(relation)} the {_noun(said)}"
+            what = f"the {noun(word)} {in_words(relation)} the {noun(said)}"
             program = ("beside", relation, _set(said))
             return _asked(kind, what), ("query", kind, _set(word, program)), getattr(target, kind)
     return None
@@ -374,17 +374,24 @@ def _set(said: Mapping[str, str], inner: Program = ("all",)) -> Program:
 # Words.
 
 
-def _noun(said: Mapping[str, str], many: bool = False) -> str:
-    noun = said.get("shape", "thing")
+def noun(said: Mapping[str, str], many: bool = False) -> str:
+    """What is said of an object as a noun with adjectives and place, without article.
+
+    Args:
+        said: attribute -> value; without a shape it is a thing.
+        many: the plural.
+    """
+    shape = said.get("shape", "thing")
     words = [said[kind] for kind in ("size", "texture", "colour") if kind in said]
-    words.append(noun + ("es" if noun == "cross" else "s") * many)
+    words.append(shape + ("es" if shape == "cross" else "s") * many)
     if place := said.get("place"):
         words.append("in the center" if place == "center" else f"at the {place}")
     return " ".join(words)
 
 
-def _a(said: Mapping[str, str]) -> str:
-    return f"{article(_noun(said))} {_noun(said)}"
+def a_noun(said: Mapping[str, str]) -> str:
+    """`noun` of what is `said` with the indefinite article."""
+    return f"{article(noun(said))} {noun(said)}"
 
 
 def article(words: str) -> str:
@@ -392,7 +399,8 @@ def article(words: str) -> str:
     return "an" if words[0] in "aeiou" else "a"
 
 
-def _words(relation: str) -> str:
+def in_words(relation: str) -> str:
+    """A `relation` as it stands in a sentence: to the left of, above."""
     return f"to the {relation}" if relation.endswith("of") else relation
 
 

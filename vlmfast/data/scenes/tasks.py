@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from vlmfast.data.conversation import IMAGE_MARK, Conversation, Turn, VlmSample
 from vlmfast.data.scenes.captions import GRANULARITIES, caption, references
+from vlmfast.data.scenes.instruct import Instruction, instruct
 from vlmfast.data.scenes.latents import SPLIT_SIZES, Latents, Scene, check, sample
 from vlmfast.data.scenes.pope import PER_IMAGE, STRATEGIES, pope
 from vlmfast.data.scenes.questions import SCARCE, Draw, Question, ask, key, predicates
@@ -18,7 +20,7 @@ from vlmfast.data.scenes.render import render
 from vlmfast.data.scenes.samples import MIXED
 from vlmfast.errors import DataError
 
-TASKS = ("caption", "vqa", *(f"pope-{strategy}" for strategy in STRATEGIES))
+TASKS = ("caption", "vqa", "instruct", *(f"pope-{strategy}" for strategy in STRATEGIES))
 INSTRUCTIONS = {
     "word": "Describe the image in one word.",
     "phrase": "Describe the image in a phrase.",
@@ -146,6 +148,8 @@ def dataset(
         read = _captions(level, split, seed, granularity)
     elif task == "vqa":
         read = _questions(level, split, seed, families, questions_per_image)
+    elif task == "instruct":
+        read = _instructions(level, split, seed)
     else:
         read = _pope(level, split, seed, task.removeprefix("pope-"))
     return SceneTask(task, size, side, read)
@@ -221,6 +225,24 @@ def _questions(level: str, split: str, seed: int, families: Sequence[str] | None
         return sample(level, split, [chosen[place] for place in places], seed), [items[place] for place in places]
 
     return read
+
+
+def _instructions(level: str, split: str, seed: int) -> Read:
+    predicates(level)  # refuses a level without questions at once
+
+    def read(places: Sequence[int]) -> tuple[Latents, list[list[Exchange]]]:
+        latents = sample(level, split, places, seed)
+        items = []
+        for scene in map(latents.scene, range(len(latents))):
+            turns = [Exchange(each.question, each.answer, partial(_instructed, each)) for each in instruct(scene)]
+            items.append(turns)
+        return latents, items
+
+    return read
+
+
+def _instructed(turn: Instruction) -> dict[str, Any]:
+    return {"kind": turn.kind, "checks": turn.checks}
 
 
 def _pope(level: str, split: str, seed: int, strategy: str) -> Read:
