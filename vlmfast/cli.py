@@ -19,8 +19,13 @@ from vlmfast.errors import VlmfastError, missing_extra
 
 COMMANDS = (
     "demo",
+    "train --task",
     "train",
     "plan",
+    "eval caption",
+    "eval vqa",
+    "eval pope",
+    "eval calibration",
     "eval",
     "embed",
     "search",
