@@ -68,6 +68,7 @@ MORE_BAD = [
     ("missing key", {"id": "bad", "conversations": ["Hello"]}),
     ("value not a text", {"id": "bad", "image": [None], "conversations": GREET}),
     ("value not a text", {"id": "bad", "conversations": turns((None, "Hello"))}),
+    ("text not UTF-8", {"id": "bad", "conversations": turns(("human", "Hello \ud83d"), ("gpt", "Yes"))}),
     ("turns out of order", {"id": "bad", "conversations": [*GREET, GREET[1]]}),
     ("turns out of order", {"id": "bad", "conversations": [*GREET, {"from": "system", "value": "Be brief."}]}),
     ("no assistant turn", {"id": "bad", "conversations": []}),

@@ -28,7 +28,7 @@ _ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant", "system": "syste
 _NAMES = {ours: theirs for theirs, ours in _ROLES.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Turn:
     """What one side says."""
 
@@ -36,7 +36,7 @@ class Turn:
     text: str  # in a user's turn, IMAGE_MARK marks the place of an image
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Conversation:
     """Turns about images: a system turn or none, then a user's and an assistant's in alternation."""
 
@@ -125,7 +125,7 @@ def read_llava(path: str | os.PathLike[str], skips: Skipped | None = None) -> li
     Raises:
         DataError: no such file, not JSON (with the line), or not one record that can be used.
         UnreadableError: skips is None and a record cannot be used: "record not JSON", "record not an object", "missing
-            key", "value not a text", or a reason of `check`.
+            key", "value not a text", "text not UTF-8", or a reason of `check`.
     """
     path = Path(path)
     found = []
@@ -353,6 +353,8 @@ def _conversation(record: Any, where: str) -> tuple[Conversation, bool]:
         for value in (role, text):
             if not isinstance(value, str):
                 raise UnreadableError("value not a text", where, f"turn {number} has a {type(value).__name__}")
+        if not _is_utf8(text):
+            raise UnreadableError("text not UTF-8", where, f"turn {number} has half a surrogate pair")
         if role not in _ROLES:
             raise UnreadableError("unknown role", where, f"turn {number} is from {role!r}; known: {list(_ROLES)}")
         said.append(Turn(_ROLES[role], text))
@@ -363,3 +365,12 @@ def _conversation(record: Any, where: str) -> tuple[Conversation, bool]:
     if early:
         del said[first]
     return Conversation(id, tuple(images), tuple(said)), early
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether the text can be written; JSON may spell what cannot, such as half of a character's two escapes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
