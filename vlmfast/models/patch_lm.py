@@ -114,9 +114,14 @@ class PatchLm(Vlm):
         self.stem: PatchEmbedding | ConvStem
         if config.stem == "patch":
             self.stem = PatchEmbedding(C, config.patch_size, config.image_mean, config.image_std, bias=True)
+            last = self.stem
         else:
             self.stem = ConvStem(C, config.patch_size, config.image_mean, config.image_std)
-        self.positions = nn.Parameter(C**-0.5 * torch.randn(self.image_tokens, C))
+            last = self.stem.convs[-1]
+        # As the decoder's own: what is larger than the embeddings of words is slow to change.
+        nn.init.normal_(last.weight, std=0.02)
+        nn.init.zeros_(last.bias)
+        self.positions = nn.Parameter(0.02 * torch.randn(self.image_tokens, C))
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Tokens of patches [N, P, C], in reading order. Args and Raises: see `Vlm.encode_image`."""
@@ -151,7 +156,11 @@ class ConvStem(nn.Module):
         widths = [3, *(max(8, width >> (count - i)) for i in range(1, count)), width]
         parts: list[nn.Module] = []
         for a, b in pairwise(widths):
-            parts += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GELU()]
+            conv = nn.Conv2d(a, b, 3, stride=2, padding=1)
+            # PyTorch's own start halves the signal in each layer, until the biases alone are left of it.
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+            nn.init.zeros_(conv.bias)
+            parts += [conv, nn.GELU()]
         self.convs = nn.Sequential(*parts, nn.Conv2d(width, width, 1))
         # Plain floats: a buffer outside the state dict would hold garbage after `to_empty`.
         self.mean = mean
