@@ -23,7 +23,7 @@ class LayerNorm(nn.LayerNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = _wide(x)
         weight, bias = self.weight.to(wide), self.bias.to(wide)
         return F.layer_norm(x.to(wide), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
@@ -49,7 +49,7 @@ class RmsNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = _wide(x)
         rows, weight = x.to(wide), self.weight.to(wide)
         if x.device.type == "cpu" and torch.is_grad_enabled():
             return _RmsNorm.apply(rows, weight, self.eps).to(x.dtype)
@@ -57,6 +57,10 @@ class RmsNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, eps={self.eps}"
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 class _RmsNorm(torch.autograd.Function):

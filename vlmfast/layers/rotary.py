@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -26,7 +24,7 @@ def rotary(positions: Tensor, head_width: int, theta: float, dtype: torch.dtype)
     steps = torch.arange(0, head_width, 2, dtype=torch.float32, device=positions.device)
     angles = positions.to(torch.float32)[:, None] * (1 / theta ** (steps / head_width))
     cos, sin = angles.cos(), angles.sin()
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = dtype if dtype == torch.float64 else torch.float32
     return torch.cat([cos, cos], 1)[:, None].to(wide), torch.cat([-sin, sin], 1)[:, None].to(wide)
 
 
@@ -42,22 +40,5 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns: [tokens, H, K] in the dtype of `x`.
     Source: Su et al. 2021, eq. 34.
     """
-    return _Turn.apply(x.to(cos.dtype), cos, sin).to(x.dtype)
-
-
-class _Turn(torch.autograd.Function):
-    """The turn in three passes over memory, and its gradient as the turn back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        half = x.shape[-1] // 2
-        out = x * cos
-        out[..., :half].addcmul_(x[..., half:], sin[..., :half])
-        out[..., half:].addcmul_(x[..., :half], sin[..., half:])
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _Turn.apply(grad, cos, -sin), None, None
+    wide = x.to(cos.dtype)
+    return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)

@@ -53,7 +53,7 @@ class KvCache:
         self._longest = 0
         # A masked token has weight 0, and 0 times what unwritten memory holds may be NaN: the room is zeros.
         shape = (config.layers, 2, rows, capacity, config.kv_heads, config.head_width)
-        self._room = torch.zeros(shape, dtype=dtype, device=device)  # [layers, keys | values, B, capacity, H, K]
+        self._hold(torch.zeros(shape, dtype=dtype, device=device))
 
     @property
     def rows(self) -> int:
@@ -103,8 +103,8 @@ class KvCache:
             slots: [tokens] int64, row * capacity + the token's place in its row, within what `reserve` made room for.
             keys, values: [tokens, H, K] of the config's kv_heads H and head_width K.
         """
-        for room, new in zip(self._room[layer], (keys, values), strict=True):
-            room.flatten(0, 1).index_copy_(0, slots, new.to(room.dtype))
+        for room, new in zip(self._rows[layer], (keys, values), strict=True):
+            room.index_copy_(0, slots, new.to(room.dtype))
 
     def read(self, layer: int, tokens: int) -> tuple[Tensor, Tensor]:
         """One layer's keys and values.
@@ -114,8 +114,8 @@ class KvCache:
             tokens: how many of each row, from its first.
         Returns: keys, values: [B, H, tokens, K] views. What lies beyond a row's length must be masked.
         """
-        keys, values = self._room[layer, :, :, :tokens].transpose(2, 3)
-        return keys, values
+        keys, values = self._heads[layer]
+        return keys[:, :, :tokens], values[:, :, :tokens]
 
     def advance(self, new: Tensor | int, most: int) -> None:
         """Counts tokens that were written to all layers.
@@ -135,7 +135,7 @@ class KvCache:
         chosen = object.__new__(KvCache)
         chosen.config, chosen._longest = self.config, self._longest
         chosen.lengths = self.lengths.index_select(0, rows)
-        chosen._room = self._room.index_select(2, rows)
+        chosen._hold(self._room.index_select(2, rows))
         return chosen
 
     def truncate(self, lengths: Tensor | int) -> None:
@@ -147,8 +147,14 @@ class KvCache:
         self.lengths = self.lengths.clamp_max(lengths) if isinstance(lengths, int) else self.lengths.minimum(lengths)
         self._longest = int(self.lengths.max())
 
+    def _hold(self, room: Tensor) -> None:
+        """Takes [layers, keys | values, B, capacity, H, K], and makes each layer's views of it once for all steps."""
+        self._room = room
+        self._rows = [(keys.flatten(0, 1), values.flatten(0, 1)) for keys, values in room]  # [B * capacity, H, K]
+        self._heads = [(keys.transpose(1, 2), values.transpose(1, 2)) for keys, values in room]  # [B, H, capacity, K]
+
     def _grow(self, capacity: int) -> None:
         layers, parts, rows, before, *rest = self._room.shape
         room = self._room.new_zeros(layers, parts, rows, capacity, *rest)
         room[:, :, :, :before] = self._room
-        self._room = room
+        self._hold(room)

@@ -129,7 +129,7 @@ class _Sight(NamedTuple):
     slots: Tensor | None = None  # [tokens] int64, of KvCache.write
     reach: int = 0  # tokens of each row of the cache that are looked at; 0: the cache was empty, look at the call's own
     grid: Tensor | None = None  # [tokens] int64, where packed tokens lie in a padded batch [B * T]
-    mask: Tensor | None = None  # [B, 1, G * T, reach], added to the scores of a head's group of G queries
+    mask: Tensor | None = None  # [B, 1, G * T | 1, reach], added to the scores of a head's G queries
 
 
 class _Attention(nn.Module):
@@ -365,33 +365,32 @@ class Decoder(nn.Module):
         config = self.config
         self._check(x, positions, cu_seqlens, cache, prefix)
         new: Tensor | int
+        # Each token's sequence and its place in that: [tokens], or broadcast to [B, T].
         if cu_seqlens is None:
-            B, new = x.shape[:2]
-            most = new
-            sequence = torch.arange(B, device=x.device).repeat_interleave(most)  # [tokens], which one a token is of
-            place = torch.arange(most, device=x.device).repeat(B)  # [tokens], and where in it
+            B, most = x.shape[:2]
+            new, sequence, place = most, torch.arange(B, device=x.device)[:, None], torch.arange(most, device=x.device)
         else:
             B, new = len(cu_seqlens) - 1, cu_seqlens.diff().long()
             most = int(new.max()) if max_seqlen is None else max_seqlen
             sequence = torch.arange(B, device=x.device).repeat_interleave(new, output_size=len(x))
-            place = torch.arange(len(x), device=x.device) - cu_seqlens.long().index_select(0, sequence)
+            place = torch.arange(len(x), device=x.device) - cu_seqlens.long()[sequence]
         if most > config.context_length:
             raise ShapeError(f"Decoder: a sequence has {most} tokens; the context_length is {config.context_length}")
-        x = x.flatten(0, -2)
         sight = _Sight(most if cu_seqlens is None else None, cu_seqlens, most)
         if prefix is not None:
             sight = sight._replace(prefix=_prefix(prefix, new, sequence, place))
         if cache is not None:
             reach = cache.reserve(new, most)
             grid = None if cu_seqlens is None else sequence * most + place
-            place = place + cache.lengths.index_select(0, sequence)
-            sight = sight._replace(cache=cache, slots=sequence * cache.capacity + place)
+            place = place + cache.lengths[sequence]
+            sight = sight._replace(cache=cache, slots=(sequence * cache.capacity + place).flatten())
             if not cache.empty:
                 last = place if grid is None else place.new_zeros(B * most).index_copy(0, grid, place)
-                mask = _mask(last.view(B, 1, most, 1), reach, cache.dtype).repeat(
-                    1, 1, config.heads // config.kv_heads, 1
-                )
+                group = config.heads // config.kv_heads if most > 1 else 1
+                mask = _mask(last.view(B, 1, most, 1), reach, cache.dtype).repeat(1, 1, group, 1)
                 sight = sight._replace(reach=reach, grid=grid, mask=mask)
+        place = place.expand(x.shape[:-1]).flatten()
+        x = x.flatten(0, -2)
         if positions is not None:
             place = self._checked(positions.flatten())
         if self.embed_positions is not None:
@@ -444,7 +443,7 @@ def _prefix(prefix: Tensor, new: Tensor | int, sequence: Tensor, place: Tensor) 
     longest = int(lengths.max())
     if longest < 1:
         return None
-    tokens = (place < lengths.index_select(0, sequence)).nonzero()[:, 0]
+    tokens = (place < lengths[sequence]).flatten().nonzero()[:, 0]
     return tokens, F.pad(lengths.cumsum(0), (1, 0)).int(), longest
 
 
