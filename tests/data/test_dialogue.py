@@ -339,6 +339,8 @@ def test_pieces_are_as_full_as_their_budget():
     pieces = batch.split_tokens(350)
     assert all(piece.tokens <= 350 for piece in pieces)
     assert all(one.tokens + int(two.cu_seqlens[1]) > 350 for one, two in itertools.pairwise(pieces))
+    two = int(batch.cu_seqlens[2])
+    assert len(batch.split_tokens(max(two, batch.max_seqlen))[0]) >= 2  # a budget that is met to the token
     with pytest.raises(ValueError, match=r"sample .* tokens; a piece holds 60"):
         batch.split_tokens(60)
     with pytest.raises(ValueError, match="at least 1"):
@@ -382,15 +384,16 @@ def test_ranks_share_the_rows_of_a_step():
 
 
 def test_what_is_left_out_is_counted_and_its_row_refilled():
-    talks = Talks(missing=(2, 9), bad=(5,))
+    talks, tokenizer = Talks(missing=(2, 9), bad=(5,)), vocabulary("byte-level BPE")
     source = stream(talks, max_tokens=190, epochs=2)
     taken = list(source)
     assert all(len(batch) == 4 and batch.max_seqlen <= 190 for batch in taken)
+    for batch in taken:  # images of rounds left out are left out too
+        assert P * len(batch.image) == P * batch.num_images.sum() == (batch.ids == tokenizer.image_token_id).sum()
     assert not {2, 9, 5} & {index for batch in taken for index in batch.index.tolist()}
     counts = talks.skipped
     assert counts["missing image"] == 2
     assert counts["no assistant turn"] == 1
-    tokenizer = vocabulary("byte-level BPE")
     lengths = {i: len(supervise(random_dialogue(i), "v1", tokenizer, P).ids) for i in range(23) if i not in (2, 5, 9)}
     assert counts["rounds left out, beyond max_tokens"] + counts["longer than max_tokens"] == sum(
         length > 190 for length in lengths.values()
