@@ -179,7 +179,8 @@ def test_a_cache_goes_on_from_what_it_holds(decoder):
 def test_filters_are_those_of_transformers(transformers):
     log_probs = torch.randn(6, V, generator=torch.Generator().manual_seed(0)).mul(3).log_softmax(-1)
     log_probs[0, 4] = log_probs[0, 9]  # alike
-    for temperature, top_k, top_p in itertools.product((0.5, 1.0, 2.0), (None, 1, 5, 100), (None, 0.1, 0.7, 1.0)):
+    log_probs[1] = torch.tensor([0.5, 0.25, 0.25] + [0.0] * (V - 3)).log()  # they add up to a top_p, to the bit
+    for temperature, top_k, top_p in itertools.product((0.5, 1.0, 2.0), (None, 1, 5, 100), (None, 0.1, 0.5, 0.7, 1.0)):
         warpers = [transformers.TemperatureLogitsWarper(temperature)] if temperature != 1 else []
         warpers += [transformers.TopKLogitsWarper(top_k)] if top_k else []
         warpers += [transformers.TopPLogitsWarper(top_p)] if top_p else []
@@ -190,11 +191,13 @@ def test_filters_are_those_of_transformers(transformers):
 
 
 def test_draws_fall_as_the_probabilities_say():
-    log_probs = torch.tensor([[0.5, 0.0, 0.3, 0.15, 0.05]]).log()
+    log_probs = torch.tensor([[0.0, 0.5, 0.3, 0.15, 0.05]]).log()
     draws = torch.arange(1000, dtype=torch.float64)[:, None] / 1000
-    for top_k, expected in ((None, [500, 0, 300, 150, 50]), (2, [625, 0, 375, 0, 0])):
+    for top_k, expected in ((None, [0, 500, 300, 150, 50]), (2, [0, 625, 375, 0, 0])):
         drawn = _drawn(draws, 1.0, top_k, None, log_probs.expand(1000, -1), list(range(1000)), 0)
-        assert (torch.bincount(drawn, minlength=5) - torch.tensor(expected)).abs().max() <= 1
+        counts = torch.bincount(drawn, minlength=5)
+        assert (counts - torch.tensor(expected)).abs().max() <= 1
+        assert not counts[torch.tensor(expected) == 0].any(), "not even the lowest draw"
 
 
 def test_drawn_tokens_keep_the_models_own_log_probs(decoder):

@@ -9,7 +9,7 @@ from vlmfast.models.decoder import DecoderConfig, build_decoder
 from vlmfast.models.session import Session
 from vlmfast.models.vlm import Vlm
 
-V, IMAGE, P, EOS = 31, 30, 4, 2
+V, IMAGE, P, EOS = 31, 30, 4, tuple(range(8))
 
 
 class Looks(Vlm):
@@ -29,6 +29,7 @@ class Looks(Vlm):
             aspect="square",
             prefix_lm=prefix_lm,
         )
+        torch.manual_seed(0)
         self.patches = nn.Linear(12, 32)
         self.encoded = 0
         with torch.no_grad():
@@ -64,9 +65,9 @@ def turns(session):
     ids = says(3, "image", 6)
     for turn in range(3):
         shown = images[: 2 if turn == 2 else 1]
-        answer = session.ask(ids, shown, max_new_tokens=6, eos=(EOS,))
+        answer = session.ask(ids, shown, max_new_tokens=4, eos=EOS)
         yield ids, shown, answer
-        ids = torch.cat([ids, answer.tokens, torch.tensor([EOS]), says(5 + turn, *["image"] * (turn == 1), 2)])
+        ids = torch.cat([ids, answer.tokens, torch.tensor([EOS[0]]), says(5 + turn, *["image"] * (turn == 1), 2)])
 
 
 class Spy:
@@ -91,16 +92,16 @@ def equal(answer, other):
 def test_three_turns_have_the_logits_of_fresh_ones(prefix_lm, monkeypatch):
     model = Looks(prefix_lm)
     session, spy = Session(model), Spy(model.decoder, monkeypatch)
-    reused, before = [], 0
+    ends, before = set(), 0
     for ids, images, answer in turns(session):
         ours = spy.drain()
-        equal(answer, model.generate([ids], [images], max_new_tokens=6, eos=(EOS,))[0])
+        equal(answer, model.generate([ids], [images], max_new_tokens=4, eos=EOS)[0])
+        ends.add(answer.finished)
         assert (ours - spy.drain()).abs().max() <= 1e-4
-        reused.append(session.tokens_reused)
         # What was fed: the conversation, and the answer but for a last token that nothing came after.
-        assert reused[-1] == (0 if prefix_lm else before)
+        assert session.tokens_reused == (0 if prefix_lm else before)
         before = len(ids) + len(answer.log_probs) - 1
-    assert len(reused) == 3
+    assert len(ends) == 2, "an answer that ended, and one that was cut"
 
 
 def test_only_the_rest_is_computed(monkeypatch):
@@ -180,12 +181,14 @@ def test_an_interrupted_answer_leaves_no_trace():
         if len(seen) == 3:
             raise KeyboardInterrupt
 
+    before = says(3, "image", 9, 8)
+    session.ask(before, images, max_new_tokens=1)
     with pytest.raises(KeyboardInterrupt):
         session.ask(ids, images, max_new_tokens=8, on_token=stop)
-    longer = torch.cat([ids, torch.tensor(seen), says(4)])
-    for each in (longer, ids):
-        equal(session.ask(each, images, max_new_tokens=8), model.generate([each], [images], max_new_tokens=8)[0])
-    assert session.ask(ids, images, max_new_tokens=8).tokens[:3].tolist() == seen
+    for each in (before, torch.cat([ids, torch.tensor(seen), says(4)]), ids):
+        answer = session.ask(each, images, max_new_tokens=8)
+        equal(answer, model.generate([each], [images], max_new_tokens=8)[0])
+    assert answer.tokens[:3].tolist() == seen
 
 
 @pytest.mark.parametrize("options", [{"beams": 3}, {"temperature": 1.0, "seed": 3, "suppress": (5,)}])
