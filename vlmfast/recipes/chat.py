@@ -160,7 +160,8 @@ class _Spoken:
         self._text = (self._text + self._stream.push(token)).lstrip()
         if self._end and self._end in self._text:
             raise _EndedError
-        self._show(len(self._text) - len(self._end) + 1)  # what may be the beginning of the mark waits
+        # What may be the beginning of the mark waits, and so do spaces, which nothing may follow.
+        self._show(len(self._text[: len(self._text) - max(len(self._end) - 1, 0)].rstrip()))
 
     def finish(self) -> str:
         self._text = (self._text + self._stream.finish()).partition(self._end or "\0")[0].rstrip()

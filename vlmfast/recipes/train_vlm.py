@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast.data.batch import Batches, batches, steps_per_epoch
-from vlmfast.data.dialogue import DialogueBatch, Dialogues, pack
+from vlmfast.data.dialogue import DialogueBatch, Dialogues, pack, stop_ids
 from vlmfast.data.lm_tokenizer import FILES, LmTokenizer, load_lm_tokenizer
 from vlmfast.data.templates import TEMPLATES
 from vlmfast.errors import DataError
@@ -75,6 +75,7 @@ PARTS = {
     "lm": "decoder",
 }  # of a LLaVA: flag's word, module
 TRAINED = {1: "projector", 2: "projector,lm"}  # by the stages of LLaVA
+DATA = ("dataset_type", "train_data", "vlm_task", "questions_per_image", "families", "cooc", "granularity", "world")
 RATES = {"patch-lm": 1e-3, "lm": 1e-3, "llava 1": 1e-3, "llava 2": 2e-5}  # LLaVA's are those of LLaVA 1.5
 TEMPLATE_OF = {"patch-lm": "bare", "lm": "bare", "llava 1": "plain", "llava 2": "v1"}
 
@@ -248,7 +249,7 @@ def train(config: Config, world: World | None = None) -> Run:
             "trains": sorted(parts),
             "template": template,
             "batch_size": all_ranks,
-            "data": [config.dataset_type, config.train_data, config.vlm_task, config.questions_per_image, config.world],
+            "data": {name: getattr(config, name) for name in DATA},
             "blind": config.blind,
         },
         world=world,
@@ -259,7 +260,7 @@ def train(config: Config, world: World | None = None) -> Run:
     )
     tell_skipped(samples, world.words)
     if world.main:
-        _write_model(folder, vlm, config)
+        _write_model(folder, vlm, config, stop_ids(template, tokenizer))
     world.wait()
     return Run(folder, vlm, tokenizer, template, last)
 
@@ -426,7 +427,7 @@ def _write(folder: Path, config: Config, tokenizer: LmTokenizer, template: str) 
     replace_text(folder / TOKENIZER_FOLDER / CONVERSATION_FILE, json.dumps({"template": template}) + "\n")
 
 
-def _write_model(folder: Path, vlm: Vlm, config: Config) -> None:
+def _write_model(folder: Path, vlm: Vlm, config: Config, eos: tuple[int, ...]) -> None:
     """The last checkpoint's model, by whichever ranks and in whichever form it was written, as others read it."""
     with torch.device("meta"):
         whole = _like(vlm)
@@ -438,7 +439,7 @@ def _write_model(folder: Path, vlm: Vlm, config: Config) -> None:
     files = {name: extra / name for name in (*FILES, CONVERSATION_FILE)}
     shutil.rmtree(out, ignore_errors=True)  # of the run before it was resumed
     if config.task != "lm":
-        save_vlm(whole, out, files)
+        save_vlm(whole, out, files, eos=eos)
         return
     save_decoder(whole.decoder, out)
     for name, path in files.items():

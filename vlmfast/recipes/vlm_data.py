@@ -51,6 +51,10 @@ class VlmDataFlags:
     own, else pad."""
     questions_per_image: int = 1
     """scenes, vqa: so many questions about each image, in one conversation."""
+    families: str = ""
+    """scenes, vqa: these families of questions alone, joined by commas."""
+    cooc: bool = False
+    """scenes, L3: the world in which some shapes come together more often than by chance, as POPE's questions ask."""
     granularity: Literal["word", "phrase", "sentence", "multi-sentence", "paragraph", "mixed"] = "sentence"
     """scenes, caption: how much a caption tells."""
     world: int = 0
@@ -199,8 +203,9 @@ def open_conversations(
     for name in weights:
         options: dict[str, Any] = {"granularity": flags.granularity} if name == "caption" else {}
         if name == "vqa":
-            options = {"questions_per_image": flags.questions_per_image}
-        made.append(tasks.dataset(where or "L1", split, name, seed=flags.world, **how, **options))
+            families = [word.strip() for word in flags.families.split(",") if word.strip()]
+            options = {"questions_per_image": flags.questions_per_image, "families": families or None}
+        made.append(tasks.dataset(where or "L1", split, name, seed=flags.world, cooc=flags.cooc, **how, **options))
     return made[0] if len(made) == 1 else TaskMix(made, list(weights.values()))
 
 
