@@ -117,7 +117,8 @@ def test_the_prefix_sees_itself_whole_and_no_answer_does():
         assert early[9].any() == prefix_lm  # the last token of its prefix
         assert not early[10:].any()
         (late,) = torch.autograd.grad(hidden[10].sum(), x)
-        assert late[:11].any(1).all() and not late[11:].any()
+        assert late[:11].any(1).all()
+        assert not late[11:].any()
     assert_close(
         lively(CONFIG)(ids, image, labels, ends, prefix=torch.tensor(PREFIX)), lively(CONFIG)(ids, image, labels, ends)
     )
@@ -158,7 +159,8 @@ def test_both_stems_make_one_grid(stem, patch_size):
     assert before.shape == (1, rows * columns, 24)
     image[:, :, -1, -1] = 5.0  # the last patch's last pixel
     moved = (model.encode_image(image) != before).any(-1)[0]
-    assert moved[-1] and not moved[: -columns - 2].any()
+    assert moved[-1]
+    assert not moved[: -columns - 2].any()
 
 
 def test_at_first_images_tell_apart_what_they_show():
@@ -185,9 +187,12 @@ def test_saved_and_loaded_bit_for_bit(tmp_path, stem):
     folder = save_vlm(model, tmp_path / "model", {"tokenizer.json": tmp_path / "words.json"})
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
     config = json.loads((folder / "config.json").read_text())
-    assert config == json.loads(json.dumps(model.describe())) and config["model_type"] == "vlmfast_patch_lm"
+    assert config == json.loads(json.dumps(model.describe()))
+    assert config["model_type"] == "vlmfast_patch_lm"
     loaded = load_vlm(folder)
-    assert isinstance(loaded, PatchLm) and loaded.config == model.config and not loaded.training
+    assert isinstance(loaded, PatchLm)
+    assert loaded.config == model.config
+    assert not loaded.training
     assert loaded.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
     assert all(p.requires_grad for p in loaded.parameters())

@@ -212,7 +212,7 @@ def test_other_refusals():
     vlm = model()
     _, image, _, _ = batch(GOOD, GOOD)
     ids = torch.tensor(GOOD)
-    with pytest.raises(ShapeError, match="4 image tokens .id 39. for 2 images"):
+    with pytest.raises(ShapeError, match=r"4 image tokens \(id 39\) for 2 images"):
         vlm.embed(ids, image)
     with pytest.raises(ShapeError, match=r"prompts\[1\]: 4 image tokens .id 39. for 0 images"):
         vlm.generate([ids, ids], [image[:1], image[:0]], max_new_tokens=1)

@@ -19,6 +19,7 @@ from vlmfast.models.vlm import Vlm
 
 MODEL_TYPE = "vlmfast_patch_lm"
 STEMS = ("patch", "conv")
+START = 0.02  # deviation of what makes tokens, as in the decoder: what is far larger than words is slow to change
 
 
 @dataclass(frozen=True)
@@ -114,14 +115,10 @@ class PatchLm(Vlm):
         self.stem: PatchEmbedding | ConvStem
         if config.stem == "patch":
             self.stem = PatchEmbedding(C, config.patch_size, config.image_mean, config.image_std, bias=True)
-            last = self.stem
+            _start(self.stem, START)
         else:
             self.stem = ConvStem(C, config.patch_size, config.image_mean, config.image_std)
-            last = self.stem.convs[-1]
-        # As the decoder's own: what is larger than the embeddings of words is slow to change.
-        nn.init.normal_(last.weight, std=0.02)
-        nn.init.zeros_(last.bias)
-        self.positions = nn.Parameter(0.02 * torch.randn(self.image_tokens, C))
+        self.positions = nn.Parameter(START * torch.randn(self.image_tokens, C))
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Tokens of patches [N, P, C], in reading order. Args and Raises: see `Vlm.encode_image`."""
@@ -156,12 +153,12 @@ class ConvStem(nn.Module):
         widths = [3, *(max(8, width >> (count - i)) for i in range(1, count)), width]
         parts: list[nn.Module] = []
         for a, b in pairwise(widths):
-            conv = nn.Conv2d(a, b, 3, stride=2, padding=1)
+            parts += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GELU()]
             # PyTorch's own start halves the signal in each layer, until the biases alone are left of it.
-            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-            nn.init.zeros_(conv.bias)
-            parts += [conv, nn.GELU()]
-        self.convs = nn.Sequential(*parts, nn.Conv2d(width, width, 1))
+            _start(parts[-2], math.sqrt(2 / (9 * a)))
+        parts.append(nn.Conv2d(width, width, 1))
+        _start(parts[-1], START)
+        self.convs = nn.Sequential(*parts)
         # Plain floats: a buffer outside the state dict would hold garbage after `to_empty`.
         self.mean = mean
         self.std = std
@@ -171,6 +168,13 @@ class ConvStem(nn.Module):
             mean, std = (torch.tensor(x, device=image.device).view(3, 1, 1) for x in (self.mean, self.std))
             image = (image.to(positions.dtype) / 255 - mean) / std
         return self.convs(image).flatten(2).transpose(1, 2) + positions
+
+
+def _start(conv: nn.Module, std: float) -> None:
+    assert isinstance(conv, nn.Conv2d)
+    assert conv.bias is not None
+    nn.init.normal_(conv.weight, std=std)
+    nn.init.zeros_(conv.bias)
 
 
 def build_patch_lm(config: PatchLmConfig, *, seed: int | None = None) -> PatchLm:
