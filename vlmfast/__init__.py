@@ -1,4 +1,4 @@
-"""Fused contrastive losses and complete CLIP models: large batches in little memory.
+"""Fused losses and complete vision-language models, from CLIP to LLaVA: large batches in little memory.
 
 The names below are imported when they are first used: no work happens at import and no device is probed. Models, data,
 training and evaluation are packages of their own: `vlmfast.models`, `vlmfast.data`, `vlmfast.train`, `vlmfast.eval`.
