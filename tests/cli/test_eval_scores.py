@@ -195,3 +195,15 @@ def test_the_screen_shows_a_table(tmp_path, capsys):
     eval_vqa.run(eval_vqa.Config(predictions=path))
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines()[3:]] == ["group", "a", "b", "mean", "worst"]
+
+
+def test_the_commands(vlmfast, refused, tmp_path):
+    path = tmp_path / "preds.jsonl"
+    write_predictions(path, answers(40))
+    assert vlmfast("eval", "caption", path).out.startswith(f"{path}: 40 predictions\nBleu_1")
+    assert json.loads(vlmfast("eval", "vqa", path, "--rule", "fixed", "--json").out)["items"] == 40
+    assert json.loads(vlmfast("eval", "calibration", path, "--bins", "5", "--json").out)["reliability"][4]["upper"] == 1
+    assert "id '0': the reference must be" in refused("eval", "pope", path)
+    path.write_text('{"id": 1}\n', encoding="utf-8")
+    assert refused("eval", "vqa", path).startswith(f"vlmfast eval vqa: {path}:1: needs text")
+    assert "No such file" in refused("eval", "caption", tmp_path / "none.jsonl")

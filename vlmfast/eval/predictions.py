@@ -223,7 +223,10 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise DataError(f"{path}: {error}") from None
         yield from _lines(path, text)
         return
-    rows = whole.get("annotations", [whole]) if isinstance(whole, dict) else whole
+    if isinstance(whole, dict) and "annotations" not in whole:
+        yield f"{path}:1", whole
+        return
+    rows = whole["annotations"] if isinstance(whole, dict) else whole
     if not isinstance(rows, list):
         raise DataError(f"{path}: must hold objects, one a line or in a list; got {text[:40]!r}")
     for number, row in enumerate(rows, 1):
