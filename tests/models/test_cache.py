@@ -202,6 +202,15 @@ def test_a_cache_may_be_of_another_dtype(decoder):
     assert_close(found[1], found[0], rtol=0, atol=2**-4 * float(found[0].abs().max()))
 
 
+def test_a_bound_that_is_too_small_writes_into_no_other_row(decoder):
+    rows = texts((3, 3), 4)
+    cache, _ = filled(decoder, rows, (3, 3))
+    x = decoder.embed(torch.cat([rows[0][3:], rows[1][3:4]]))
+    hidden = decoder(x, cu_seqlens=ends(4, 1), max_seqlen=1, cache=cache)
+    assert_close(hidden[:4], whole(decoder, rows[0])[3:], **EXACT64)
+    assert_close(hidden[4:], whole(decoder, rows[1])[3:4], **EXACT64)
+
+
 def test_what_a_cache_refuses(decoder):
     for rows, capacity in [(0, 4), (2, 0), (2, 33)]:
         with pytest.raises(ShapeError, match=r"rows must be at least 1 and capacity 1 \.\. 32"):

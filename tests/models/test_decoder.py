@@ -311,6 +311,8 @@ def test_what_does_not_fit_is_named(config):
         (lambda: decoder(torch.zeros(2, 6, 1).long()), ShapeError, r"got \(2, 6, 1\)\. Use decoder\.embed\(ids\)"),
         (lambda: decoder(x.repeat(1, 6, 1)), ShapeError, r"a sequence has 36 tokens; the context_length is 32"),
         (lambda: decoder(x.repeat(6, 1, 1).flatten(0, 1), cu_seqlens=6 * ends), ShapeError, r"has 36 tokens"),
+        (lambda: decoder(x[0], cu_seqlens=ends), ValueError, r"end at the number of tokens, 6; got 0 and 12"),
+        (lambda: decoder(x[0], cu_seqlens=ends[1:]), ValueError, r"start at 0 .* got 6 and 12"),
         (lambda: decoder(x, positions=torch.arange(6)), ShapeError, r"positions must be \(2, 6\); got \(6,\)"),
         (
             lambda: decoder(x, positions=torch.full((2, 6), 32)),

@@ -244,7 +244,8 @@ class Decoder(nn.Module):
         ShapeError: x is not [B, T, C], or [tokens, C] with cu_seqlens, of the config's width; positions or prefix do
             not fit it; a sequence is longer than the context, with what the cache holds; the cache has other rows;
             prefix with a cache that holds something.
-        ValueError: a position lies outside the context (checked on the CPU only: elsewhere it would wait).
+        ValueError: a position lies outside the context, or cu_seqlens do not fit x (checked on the CPU only: elsewhere
+            it would wait).
     Source: Radford et al. 2019 (GPT-2), Touvron et al. 2023 (Llama), Yang et al. 2024 (Qwen2); prefix: Raffel et al.
         2020, section 3.2.1. Initialised like GPT-2: normal with deviation 0.02, maps onto the residual stream over
         sqrt(2 layers). There is no dropout.
@@ -371,7 +372,7 @@ class Decoder(nn.Module):
             new, sequence, place = most, torch.arange(B, device=x.device)[:, None], torch.arange(most, device=x.device)
         else:
             B, new = len(cu_seqlens) - 1, cu_seqlens.diff().long()
-            most = int(new.max()) if max_seqlen is None else max_seqlen
+            most = max_seqlen if max_seqlen and x.device.type != "cpu" else int(new.max())
             sequence = torch.arange(B, device=x.device).repeat_interleave(new, output_size=len(x))
             place = torch.arange(len(x), device=x.device) - cu_seqlens.long()[sequence]
         if most > config.context_length:
@@ -421,6 +422,11 @@ class Decoder(nn.Module):
         if x.dim() != (3 if cu_seqlens is None else 2) or x.shape[-1] != self.config.width or x.numel() == 0:
             hint = ". Use decoder.embed(ids)" if not x.is_floating_point() else ""
             raise ShapeError(f"Decoder: x must be {expected}, C = {self.config.width}; got {tuple(x.shape)}{hint}")
+        if cu_seqlens is not None and x.device.type == "cpu" and cu_seqlens[[0, -1]].tolist() != [0, len(x)]:
+            raise ValueError(
+                f"Decoder: cu_seqlens must start at 0 and end at the number of tokens, {len(x)}; "
+                f"got {int(cu_seqlens[0])} and {int(cu_seqlens[-1])}"
+            )
         B = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
         if positions is not None and positions.shape != x.shape[:-1]:
             raise ShapeError(f"Decoder: positions must be {tuple(x.shape[:-1])}; got {tuple(positions.shape)}")
