@@ -42,6 +42,7 @@ def test_errors_are_torchmetrics(bins):
     table = reliability(CONFIDENCE, CORRECT, bins)
     assert table.expected_error == pytest.approx(CASE[f"ece_{bins}"], abs=1e-12)
     assert table.max_error == pytest.approx(CASE[f"mce_{bins}"], abs=1e-12)
+    assert expected_calibration_error(CONFIDENCE, CORRECT) == pytest.approx(CASE["ece_15"], abs=1e-12)
 
 
 def test_bins_are_closed_on_the_right_and_the_first_holds_zero():
