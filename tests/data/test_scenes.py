@@ -15,6 +15,7 @@ import torch
 from vlmfast.data import batches, scenes
 from vlmfast.data.pairs import CsvPairs, FolderPairs
 from vlmfast.data.scenes import files, samples
+from vlmfast.data.scenes import render as module
 from vlmfast.data.scenes.latents import MAX_INDEX, STYLES, TEXTURES, UNIT, sample
 from vlmfast.data.scenes.render import render, render_torch
 from vlmfast.data.scenes.shapes import SHAPES
@@ -22,7 +23,12 @@ from vlmfast.data.webdataset import WebdatasetPairs
 from vlmfast.errors import DataError
 
 LEVELS = tuple(scenes.LEVELS)
-WORLDS = [(level, split) for level in LEVELS for split in scenes.SPLITS if split != "style-test" or level == "L2"]
+WORLDS = [
+    (level, split)
+    for level, facts in scenes.LEVELS.items()
+    for split in scenes.SPLITS
+    if (split != "style-test" or facts.rich) and (split != "comp-test" or not facts.company)
+]
 NUMBERS = [700, 3, 0, 4999, 41, 1, 2500, 2]  # any order, with gaps
 
 # CRC32 of the first 256 training samples: latents, images at the level's size, paragraphs.
@@ -30,6 +36,8 @@ GOLDEN = {
     "L0": (3605600426, 1239923928, 1146735469),
     "L1": (2829852318, 3001392689, 2603625470),
     "L2": (587686058, 4244104656, 3203278104),
+    "L3": (3210724174, 1891165720, 3217355976),
+    "L3-cooc": (2591212218, 3112219316, 4022912517),
 }
 CHECKSUMS = """
 import zlib
@@ -200,6 +208,18 @@ def test_styles_look_different(style):
     assert (abs(image - flat).mean() > 3) == (style != "flat")
 
 
+@pytest.mark.parametrize("size", [16, 40, 96])
+@pytest.mark.parametrize("style", range(4))
+def test_no_object_reaches_beyond_its_window(size, style, monkeypatch):
+    latents = sample("L3", "train", np.arange(60))
+    latents = replace(latents, style=np.full(60, style))
+    cut = render(latents, size)
+    monkeypatch.setattr(
+        module._Canvas, "window", lambda canvas, centre, radius: np.tile(np.arange(size), (len(centre), 1))
+    )
+    assert np.array_equal(cut, render(latents, size))
+
+
 # Captions, beyond what the acceptance tests read back.
 
 
@@ -225,6 +245,55 @@ def test_an_id_does_not_depend_on_the_order_of_mention():
     other = replace(scene, order=scene.order[::-1])
     ids = {scenes.caption_id(scenes.claims(each, "multi-sentence")) for each in (scene, other)}
     assert len(ids) == 1  # "a is above b" is "b is below a"
+
+
+# The two right sentences about two things that lie side by side, in all their wordings.
+SIDE_BY_SIDE = {
+    "There is a large solid red star to the left of a small dotted gray ring.",
+    "A big solid red star is to the left of a little dotted gray ring.",
+    "The picture shows a large solid red star to the left of a small dotted grey ring.",
+    "You can see a tiny dotted grey ring to the right of a huge solid red star.",
+    "A small dotted gray hoop is to the right of a large solid red star.",
+    "There is a small dotted gray ring to the right of a large solid red star.",
+    "A little dotted gray ring is to the right of a big solid red star.",
+    "The picture shows a small dotted grey ring to the right of a large solid red star.",
+    "You can see a huge solid red star to the left of a tiny dotted grey ring.",
+    "A large solid red star is to the left of a small dotted gray hoop.",
+}
+
+
+def test_references_are_all_right_sentences():
+    scene = next(scene for k in range(99) if len((scene := scenes.dataset("L2").scene(k)).objects) == 2)
+    star = {"shape": "star", "colour": "red", "size": "large", "texture": "solid", "x": 0.2, "y": 0.5, "place": "left"}
+    ring = {"shape": "ring", "colour": "gray", "size": "small", "texture": "dotted", "x": 0.8, "y": 0.5}
+    a, b = scene.objects
+    scene = replace(scene, objects=(replace(a, **ring, place="right"), replace(b, **star)))
+    found = scenes.references(scene)
+    assert set(found) == SIDE_BY_SIDE
+    assert found[0] == "There is a large solid red star to the left of a small dotted gray ring."
+    assert set(scenes.references(scene, "word")) == {"red", "gray", "grey", "star", "ring", "hoop"}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("granularity", scenes.GRANULARITIES)
+def test_references_hold_the_canonical_caption_and_the_scenes_own(level, granularity):
+    data = scenes.dataset(level, size=12)
+    for scene in map(data.scene, range(12)):
+        found = scenes.references(scene, granularity)
+        assert len(found) == len(set(found))
+        assert found[0] == scenes.caption(scene, granularity, 0, "reading")
+        # Of many objects that must all be named, only the reading order is listed.
+        if len(scene.objects) <= 4 or granularity in ("word", "phrase", "sentence"):
+            assert scenes.caption(scene, granularity) in found
+
+
+def test_a_canonical_caption_does_not_depend_on_wording_and_order():
+    for scene in map(scenes.dataset("L2").scene, range(20)):
+        other = replace(scene, order=scene.order[::-1], wording=(3, 1, scene.wording[2] + 1))
+        for granularity in scenes.GRANULARITIES:
+            one, two = (scenes.caption(each, granularity, 0, "reading") for each in (scene, other))
+            assert one == two
+            assert scenes.references(scene, granularity) == scenes.references(other, granularity)
 
 
 def test_a_swapped_caption_needs_two_objects():
@@ -265,9 +334,10 @@ def test_batches_take_scenes():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"level": "L9"}, "level must be one of L0, L1, L2; got 'L9'"),
+        ({"level": "L9"}, "level must be one of L0, L1, L2, L3, L3-cooc; got 'L9'"),
         ({"split": "dev"}, "split must be one of train, val"),
         ({"level": "L1", "split": "style-test"}, "L1 has one style.*L2"),
+        ({"level": "L3-cooc", "split": "comp-test"}, "L3-cooc has no split 'comp-test'"),
         ({"granularity": "essay"}, "granularity must be one of word.*mixed; got 'essay'"),
         ({"size": 0}, "size must be 1 .. 2"),
         ({"size": 2**31 + 1}, "size must be 1 .. 2"),
@@ -291,6 +361,8 @@ def test_more_bad_arguments_are_named():
         scenes.caption(scenes.dataset("L0").scene(0), paraphrase=5)
     with pytest.raises(DataError, match="granularity must be one of"):
         scenes.caption(scenes.dataset("L0").scene(0), "essay")
+    with pytest.raises(DataError, match="order must be one of own, reading; got 'size'"):
+        scenes.caption(scenes.dataset("L0").scene(0), order="size")
     with pytest.raises(DataError, match="n and columns"):
         scenes.preview(n=0)
 

@@ -56,7 +56,7 @@ def instruct(scene: Scene) -> list[Instruction]:
     if kind == "detail":
         turns = [_detail(scene, draw)]
     elif kind == "conversation":
-        asked = draw.shuffled(questions(scene))[: TURNS[0] + draw.below(TURNS[1] - TURNS[0] + 1)]
+        asked = list(draw.shuffled(questions(scene)))[: TURNS[0] + draw.below(TURNS[1] - TURNS[0] + 1)]
         turns = [Instruction(kind, each.text, *conclusion(each)) for each in asked]
         turns[0] = replace(turns[0], question=f"Answer in sentences. {turns[0].question}")
     else:

@@ -152,6 +152,14 @@ class Latents:
         """The scenes of the given rows."""
         return replace(self, **{name: array[rows] for name, array in self.arrays().items()})
 
+    def join(self, *others: Latents) -> Latents:
+        """These scenes and those of the others, of one split."""
+        every = (self, *others)
+        arrays: dict[str, Any] = {
+            name: np.concatenate([getattr(each, name) for each in every]) for name in self.arrays()
+        }
+        return replace(self, **arrays)
+
     def hashes(self) -> list[bytes]:
         """16 bytes for each scene, equal only for scenes that look alike: index, order and wording do not count."""
         seen = [array for name, array in self.arrays().items() if name not in ("index", "order", "wording")]
@@ -160,8 +168,15 @@ class Latents:
 
     def scene(self, row: int) -> Scene:
         """The scene of a row."""
+        return self._scene({name: array[row].tolist() for name, array in self.arrays().items()})
+
+    def scenes(self) -> list[Scene]:
+        """The scenes of all rows, faster than one by one."""
+        columns = {name: array.tolist() for name, array in self.arrays().items()}
+        return [self._scene({name: column[row] for name, column in columns.items()}) for row in range(len(self))]
+
+    def _scene(self, value: dict[str, Any]) -> Scene:
         level = LEVELS[self.level]
-        value: dict[str, Any] = {name: array[row].tolist() for name, array in self.arrays().items()}
         objects = tuple(
             Object(
                 id=k,
@@ -252,22 +267,16 @@ def sample(level: str, split: str, index: Sequence[int] | np.ndarray, seed: int 
         DataError: there is no such level or split, or an index is out of range.
     """
     facts = check(level, split)
-    index = np.asarray(index, np.int64).reshape(-1)
-    if len(index) and not (index.min() >= 0 and index.max() < MAX_INDEX):
-        raise DataError(f"scenes: index must be 0 .. 2**31 - 1; got {index.min()} .. {index.max()}")
-    draws = _Draws(seed, level, split, index)
-    least, most = facts.objects
-    n, rich, sized = len(index), int(facts.rich), len(facts.radii) > 1
-
-    scene = draws.bits(Field.SCENE, 4)  # [n, 4]
-    count = least + below(scene[:, 0], most - least + 1)
+    draws = _Draws(seed, level, split, _index(index))
+    n, rich, sized = len(draws.index), int(facts.rich), len(facts.radii) > 1
+    things = attributes(level, split, index, seed)
+    count, shape, colour, size, texture = (things[name] for name in ("count", "shape", "colour", "size", "texture"))
+    most = facts.objects[1]
     live = np.arange(most) < count[:, None]  # [n, K]
+    scene = draws.bits(Field.SCENE, 4)  # [n, 4]
     style = below(scene[:, 1], len(STYLES) - 1)
-    shape, colour = _pairs(draws, facts, live, held_out=split == "comp-test")
     objects = draws.bits(Field.OBJECT, 4 * most).reshape(n, most, 4)
-    size = below(objects[..., 0], len(facts.radii))
     radius = np.array(facts.radii)[size] * (920 + below(objects[..., 1], 161) if sized else 1000) // 1000
-    texture = below(objects[..., 2], len(TEXTURES)) * rich
     orientation = (below(objects[..., 3], 8) & TURNS[shape]) * rich
     place = draws.bits(Field.PLACE, 9).argsort(1, kind="stable")[:, :most]
     x, y, visible = _layout(draws, facts, split, live, shape, radius, texture, orientation, place)
@@ -275,7 +284,7 @@ def sample(level: str, split: str, index: Sequence[int] | np.ndarray, seed: int 
         level=level,
         split=split,
         seed=seed,
-        index=index,
+        index=_index(index),
         count=count,
         style=(np.full(n, STYLES.index("sketch")) if split == "style-test" else style) * rich,
         background=below(scene[:, 2], len(BACKGROUNDS)) * rich,
@@ -295,6 +304,41 @@ def sample(level: str, split: str, index: Sequence[int] | np.ndarray, seed: int 
         order=draws.bits(Field.ORDER, most).argsort(1, kind="stable"),
         wording=below(draws.bits(Field.WORDING, 3), np.array([5, 5, 2**16])),
     )
+
+
+def attributes(level: str, split: str, index: Sequence[int] | np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
+    """What there is in the samples `index`, but not where: several times faster than `sample`.
+
+    Args:
+        level: as `sample`.
+        split: as `sample`.
+        index: [n] as `sample`.
+        seed: as `sample`.
+
+    Returns:
+        "count" [n]; "shape", "colour", "size", "texture" [n, K] int64, of which the first `count` of a row mean
+        something.
+
+    Raises:
+        DataError: as `sample`.
+    """
+    facts = check(level, split)
+    draws = _Draws(seed, level, split, _index(index))
+    least, most = facts.objects
+    count = least + below(draws.bits(Field.SCENE, 1)[:, 0], most - least + 1)
+    shape, colour = _pairs(draws, facts, np.arange(most) < count[:, None], held_out=split == "comp-test")
+    objects = draws.bits(Field.OBJECT, 4 * most).reshape(-1, most, 4)
+    size = below(objects[..., 0], len(facts.radii))
+    texture = below(objects[..., 2], len(TEXTURES)) * int(facts.rich)
+    return {"count": count, "shape": shape, "colour": colour, "size": size, "texture": texture}
+
+
+def _index(index: Sequence[int] | np.ndarray) -> np.ndarray:
+    """[n] int64, checked."""
+    index = np.asarray(index, np.int64).reshape(-1)
+    if len(index) and not (index.min() >= 0 and index.max() < MAX_INDEX):
+        raise DataError(f"scenes: index must be 0 .. 2**31 - 1; got {index.min()} .. {index.max()}")
+    return index
 
 
 def _redraw(n: int, draw: Callable[[np.ndarray, int], np.ndarray]) -> None:

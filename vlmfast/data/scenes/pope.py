@@ -48,7 +48,7 @@ def pope(level: str, split: str, strategy: str, seed: int = 0) -> Iterator[tuple
 
 def _six(present: list[int], strategy: str, counts: np.ndarray, draw: Draw) -> list[Question]:
     """The questions about a scene with these shapes."""
-    absent = draw.shuffled(k for k in range(len(SHAPES)) if k not in present)
+    absent = list(draw.shuffled(k for k in range(len(SHAPES)) if k not in present))
     questions = []
     for shape in present[:POSITIVES]:
         if strategy != "random":  # ties go by lot

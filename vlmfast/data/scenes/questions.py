@@ -11,11 +11,13 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from vlmfast.data.order import random_int
+import numpy as np
+
+from vlmfast.data.order import BITS, random_int
 from vlmfast.data.scenes.captions import CONVERSE
 from vlmfast.data.scenes.colours import COLOURS
 from vlmfast.data.scenes.latents import APART, HELD_OUT, LEVELS, SIZES, SPLITS, TEXTURES, UNIT, Field, Object, Scene
@@ -57,20 +59,21 @@ class Draw:
 
     def below(self, n: int) -> int:
         """A number 0 .. n - 1."""
-        self.state = random_int(self.state)
+        # Knuth's linear congruential generator; its upper half is random enough to choose by, and it is fast.
+        self.state = (self.state * 6364136223846793005 + 1442695040888963407) & BITS
         return (self.state >> 32) * n >> 32
 
     def one(self, items: Sequence[Item]) -> Item:
         """One of the items."""
         return items[self.below(len(items))]
 
-    def shuffled(self, items: Iterable[Item]) -> list[Item]:
-        """The items in another order."""
+    def shuffled(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items in another order, each drawn when it is asked for."""
         rest = list(items)
-        for last in range(len(rest) - 1, 0, -1):
-            k = self.below(last + 1)
-            rest[last], rest[k] = rest[k], rest[last]
-        return rest
+        for left in range(len(rest), 0, -1):
+            k = self.below(left)
+            yield rest[k]
+            rest[k] = rest[left - 1]
 
 
 @functools.cache
@@ -136,7 +139,7 @@ def questions(scene: Scene) -> list[Question]:
     found = []
     for number, (family, known) in enumerate(predicates(scene.level).items()):
         draw = Draw(*key(scene.seed, scene.level, scene.split), scene.index, number)
-        tries = [(name, answer) for name in draw.shuffled(known) for answer in draw.shuffled(known[name])]
+        tries = ((name, answer) for name in draw.shuffled(known) for answer in draw.shuffled(known[name]))
         asked = (ask(scene, family, name, answer, draw) for name, answer in tries)
         if question := next(filter(None, asked), None):
             found.append(question)
@@ -167,6 +170,28 @@ def ask(scene: Scene, family: str, predicate: str, wanted: str, draw: Draw) -> Q
         return None
     text, program, answer = made
     return Question(family, predicate, text, answer, predicates(scene.level)[family][predicate], program)
+
+
+def promising(things: Mapping[str, np.ndarray], family: str, predicate: str, wanted: str) -> np.ndarray:
+    """[n] bool: scenes in which `ask` may find such a question; in the others it finds none.
+
+    Args:
+        things: of n scenes, as `attributes` gives them.
+        family: as `ask`.
+        predicate: as `ask`.
+        wanted: as `ask`.
+    """
+    count = things["count"]
+    if family in SCARCE:
+        kind = predicate.split()[-1]
+        values = things[kind]
+        live = np.arange(values.shape[1]) < count[:, None]
+        of_each = ((values[..., None] == np.arange(len(VALUES[kind]))) & live[..., None]).sum(1)  # [n, values]
+        if family == "count":
+            return (of_each == int(wanted)).any(1)
+        alike = predicate.startswith("same") == (wanted == "yes")
+        return (of_each >= 2).any(1) if alike else (of_each > 0).sum(1) >= 2
+    return count > int(family in ("compare", "relate", "two-hop") or predicate in ("and", "or"))
 
 
 # What a family's function gives: text, program and answer.
@@ -242,18 +267,18 @@ def _same(scene: Scene, predicate: str, wanted: str, draw: Draw) -> Made:
 
 def _logic(scene: Scene, word: str, wanted: str, draw: Draw) -> Made:
     kind = draw.one(("shape", "colour"))
-    here = draw.shuffled(sorted({getattr(thing, kind) for thing in scene.objects}))
-    gone = draw.shuffled(value for value in VALUES[kind] if value not in here)
+    here = list(draw.shuffled(sorted({getattr(thing, kind) for thing in scene.objects})))
+    gone = list(draw.shuffled(value for value in VALUES[kind] if value not in here))
     if word == "not":
         said = {kind: (gone if wanted == "yes" else here)[0]}
         return f"Is there no {noun(said)}?", ("not", ("exist", _set(said))), wanted
     if min(len(here), len(gone)) < 2:
         return None
     one, other = [here[0], here[1]], [gone[0], gone[1]]
-    mixed = draw.shuffled([here[0], gone[0]])
+    mixed = [here[0], gone[0]]
     # "And" is true of both, "or" false of neither; the other three cases are equally likely.
     odd, even = (one, other) if word == "and" else (other, one)
-    values = odd if (word == "and") == (wanted == "yes") else draw.one((mixed, draw.shuffled(mixed), even))
+    values = odd if (word == "and") == (wanted == "yes") else draw.one((mixed, mixed[::-1], even))
     a, b = ({kind: value} for value in values)
     text = f"Is there {a_noun(a)} {word} {a_noun(b)}?"
     return text, (word, ("exist", _set(a)), ("exist", _set(b))), wanted
@@ -307,9 +332,9 @@ def _offset(a: Object, relation: str, b: Object) -> float:
     return {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}[relation]
 
 
-def _pairs(scene: Scene, draw: Draw, good: Callable[[Object, Object], bool]) -> list[tuple[Object, Object]]:
+def _pairs(scene: Scene, draw: Draw, good: Callable[[Object, Object], bool]) -> Iterator[tuple[Object, Object]]:
     """The ordered pairs of objects that are good, shuffled."""
-    return draw.shuffled((a, b) for a, b in itertools.permutations(scene.objects, 2) if good(a, b))
+    return ((a, b) for a, b in draw.shuffled(itertools.permutations(scene.objects, 2)) if good(a, b))
 
 
 def _name(scene: Scene, thing: Object, draw: Draw, without: Sequence[str]) -> Said | None:

@@ -35,8 +35,8 @@ class Scenes:
         """The samples of many places, several times faster than one by one; torch's DataLoader calls it too."""
         latents = self.latents(indices)
         images = torch.from_numpy(render(latents, self.image_size))
-        scenes = [latents.scene(row) for row in range(len(latents))]
-        return [Sample(image, *read(scene, self.granularity)) for image, scene in zip(images, scenes, strict=True)]
+        scenes = zip(images, latents.scenes(), strict=True)
+        return [Sample(image, *read(scene, self.granularity)) for image, scene in scenes]
 
     def scene(self, index: int) -> Scene:
         """What sample `index` shows."""
@@ -136,7 +136,7 @@ def _stream(scenes: Scenes, batch: int, device: torch.device, start: int) -> Ite
             image = torch.from_numpy(render(latents, scenes.image_size))
         else:
             image = render_torch(latents, scenes.image_size, device)
-        texts, ids = zip(*(read(latents.scene(row), scenes.granularity) for row in range(len(latents))), strict=True)
+        texts, ids = zip(*(read(scene, scenes.granularity) for scene in latents.scenes()), strict=True)
         yield image, list(texts), torch.tensor(ids, dtype=torch.int64, device=device)
 
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from vlmfast.data.conversation import IMAGE_MARK, Conversation, Turn, VlmSample
 from vlmfast.data.scenes.captions import GRANULARITIES, caption, references
 from vlmfast.data.scenes.instruct import Instruction, instruct
-from vlmfast.data.scenes.latents import SPLIT_SIZES, Latents, Scene, check, sample
+from vlmfast.data.scenes.latents import SPLIT_SIZES, Latents, Scene, attributes, check, sample
 from vlmfast.data.scenes.pope import PER_IMAGE, STRATEGIES, pope
-from vlmfast.data.scenes.questions import SCARCE, Draw, Question, ask, key, predicates
+from vlmfast.data.scenes.questions import SCARCE, Draw, Question, ask, key, predicates, promising
 from vlmfast.data.scenes.render import render
 from vlmfast.data.scenes.samples import MIXED
 from vlmfast.errors import DataError
@@ -31,7 +31,7 @@ INSTRUCTIONS = {
 CHUNK = 256  # items whose texts are made at a time
 POPE_SIZE = 3000  # items by default: 500 images, as published
 STRIDE = 2**20  # item i of "vqa" looks for its scene at i, i + STRIDE, i + 2 · STRIDE, ...
-BLOCK = 64  # the most scenes that are looked at in one go for an item
+FIRST_BLOCK, BLOCK = 8, 128  # scenes that are looked at in one go for an item: at first, and at most
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _captions(level: str, split: str, seed: int, granularity: str) -> Read:
     def read(places: Sequence[int]) -> tuple[Latents, list[list[Exchange]]]:
         latents = sample(level, split, places, seed)
         items = []
-        for scene in map(latents.scene, range(len(latents))):
+        for scene in latents.scenes():
             told = GRANULARITIES[scene.wording[1]] if granularity == MIXED else granularity
 
             def truth(scene: Any = scene, told: str = told) -> dict[str, Any]:
@@ -202,27 +202,35 @@ def _questions(level: str, split: str, seed: int, families: Sequence[str] | None
         for family in [*order, *draw.shuffled(free), *draw.shuffled(free)]:
             if len(found) < count and (other := ask(scene, *_wanted(family, draw), draw)):
                 found.setdefault(other.text, other)
-        return draw.shuffled(found.values())
+        return list(draw.shuffled(found.values()))
 
     def read(places: Sequence[int]) -> tuple[Latents, list[list[Exchange]]]:
-        chosen: dict[int, int] = {}
-        items: dict[int, list[Exchange]] = {}
-        pending, start, block = list(dict.fromkeys(places)), 0, 1
+        items: dict[int, list[Exchange]] = {}  # by place, in the order of `found`
+        found: list[Latents] = []
+        pending, start, block = list(dict.fromkeys(places)), 0, FIRST_BLOCK
         while pending:
-            attempts = range(start, start + block)
-            latents = sample(level, split, [place + STRIDE * k for place in pending for k in attempts], seed)
-            for row, (place, attempt) in enumerate(itertools.product(pending, attempts)):
-                if place in items:
-                    continue
-                scene = latents.scene(row)
-                if question := ask(scene, *first(place), Draw(*keys, place, 0, attempt)):
-                    chosen[place] = scene.index
-                    items[place] = [
-                        _exchange(each) for each in (more(scene, question, place) if count > 1 else [question])
-                    ]
+            tries = np.array(pending)[:, None] + STRIDE * np.arange(start, start + block)  # [pending, block] scenes
+            things = attributes(level, split, tries, seed)
+            wanted = {place: first(place) for place in pending}
+            left = {}
+            for row, place in enumerate(pending):
+                own = {name: array[row * block : (row + 1) * block] for name, array in things.items()}
+                left[place] = tries[row][promising(own, *wanted[place])].tolist()
+            while left := {place: scenes for place, scenes in left.items() if scenes}:
+                latents = sample(level, split, [scenes.pop(0) for scenes in left.values()], seed)
+                good = []
+                for row, (place, scene) in enumerate(zip(list(left), latents.scenes(), strict=True)):
+                    if question := ask(scene, *wanted[place], Draw(*keys, place, 0, scene.index)):
+                        every = more(scene, question, place) if count > 1 else [question]
+                        items[place] = [_exchange(each) for each in every]
+                        good.append(row)
+                        del left[place]
+                found.append(latents.take(np.array(good, np.int64)))
             pending = [place for place in pending if place not in items]
             start, block = start + block, min(4 * block, BLOCK)
-        return sample(level, split, [chosen[place] for place in places], seed), [items[place] for place in places]
+        rows = {place: row for row, place in enumerate(items)}
+        order = np.array([rows[place] for place in places])
+        return found[0].join(*found[1:]).take(order), [items[place] for place in places]
 
     return read
 
@@ -233,7 +241,7 @@ def _instructions(level: str, split: str, seed: int) -> Read:
     def read(places: Sequence[int]) -> tuple[Latents, list[list[Exchange]]]:
         latents = sample(level, split, places, seed)
         items = []
-        for scene in map(latents.scene, range(len(latents))):
+        for scene in latents.scenes():
             turns = [Exchange(each.question, each.answer, partial(_instructed, each)) for each in instruct(scene)]
             items.append(turns)
         return latents, items
