@@ -14,8 +14,8 @@ from vlmfast.data.conversation import (
     LlavaJson,
     Turn,
     check,
-    images_first,
     load_vlm_image,
+    put_images_first,
     read_llava,
     write_llava,
 )
@@ -128,6 +128,12 @@ def test_a_bad_record_is_named(tmp_path, reason, record):
     assert reason == "record not an object" or "sample 'bad'" in str(raised.value)
 
 
+def test_a_bad_turn_is_told_by_its_number(tmp_path):
+    record = {"id": "bad", "conversations": turns(("system", "Be brief."), ("human", "Hello"), ("gpt", ""))}
+    with pytest.raises(UnreadableError, match=r"sample 'bad': empty answer \(turn 2\)"):
+        read_llava(written(tmp_path, [record]))
+
+
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
 def test_bad_records_are_counted_and_the_rest_read(tmp_path, name):
     skips = Skipped()
@@ -197,7 +203,7 @@ def test_a_role_of_ones_own_making_is_refused():
 def test_the_image_of_a_question_goes_before_its_words(question, moved):
     images = ("a.png",) * question.count("<image>")
     talk = Conversation("1", images, (Turn("user", question), Turn("assistant", " Yes ")))
-    assert images_first(talk).turns == (Turn("user", moved), Turn("assistant", " Yes "))
+    assert put_images_first(talk).turns == (Turn("user", moved), Turn("assistant", " Yes "))
 
 
 def png(height, width, shade=200):

@@ -92,7 +92,7 @@ def check(conversation: Conversation, where: object = "", *, answered: bool = Tr
         )
 
 
-def images_first(conversation: Conversation) -> Conversation:
+def put_images_first(conversation: Conversation) -> Conversation:
     """The conversation with the image of a question before its words, on a line of its own.
 
     A question with several images keeps them where they are.
@@ -180,7 +180,7 @@ class LlavaJson:
         path: see `read_llava`.
         image_folder: where the names of images start.
         image_hw, aspect, mean: see `load_vlm_image`.
-        images_first: see the function of this name.
+        images_first: whether each goes through `put_images_first`.
 
     Raises:
         DataError: as `read_llava`, or image_folder is not a folder.
@@ -203,7 +203,7 @@ class LlavaJson:
         self.skips = Skipped()
         self.conversations = read_llava(path, self.skips)
         if images_first:
-            self.conversations = [_images_first(conversation) for conversation in self.conversations]
+            self.conversations = [put_images_first(conversation) for conversation in self.conversations]
         if not self.image_folder.is_dir() and any(conversation.images for conversation in self.conversations):
             raise DataError(f"LlavaJson: {self.image_folder} is not a folder")
 
@@ -250,9 +250,6 @@ class LlavaJson:
             missing = isinstance(error, FileNotFoundError)
             raise UnreadableError("missing image" if missing else "file not readable", where, str(error)) from error
         return load_vlm_image(data, self.image_hw, aspect=self.aspect, mean=self.mean, where=where)
-
-
-_images_first = images_first  # where an argument of that name hides it
 
 
 def load_vlm_image(

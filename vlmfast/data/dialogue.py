@@ -293,6 +293,13 @@ def stop_ids(template: Template | str, tokenizer: LmTokenizer) -> tuple[int, ...
 
     Where it is several (`###` in some vocabularies), cut the text at `TEMPLATES[name].end`.
 
+    Args:
+        template: one of TEMPLATES, or its name.
+        tokenizer: the model's.
+
+    Returns:
+        Token ids, ascending: what `generate` takes as `eos`.
+
     Raises:
         DataError: the tokenizer lacks a token of the template.
         ValueError: no such template.
