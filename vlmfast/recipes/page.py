@@ -143,6 +143,14 @@ figure img { display: block; width: 48px; height: 48px; image-rendering: pixelat
 i { color: #52606d; font-weight: 400; font-style: normal }
 .query { display: flex; align-items: center; gap: 14px; margin: 6px 0 }
 .query q { flex: 0 0 300px; font-size: 15px }
+.shots { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); gap: 14px }
+.shots figure { text-align: left; font-size: 14px; line-height: 1.4 }
+.shots figure img { width: 100%; height: auto; aspect-ratio: 1; margin: 0 0 5px }
+.shots q { display: block; color: #52606d }
+.shots b { font-weight: 600 }
+.bar { display: flex; align-items: center; gap: 6px; font-size: 12px; color: #52606d }
+.bar span { flex: 0 0 64px; overflow: hidden; text-overflow: ellipsis }
+.bar u { display: block; height: 8px; background: $ours; border-radius: 4px }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums }
 th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid #e4e7eb }
 th:first-child, td:first-child { text-align: left }

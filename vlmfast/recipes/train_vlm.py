@@ -384,21 +384,27 @@ def _score(
 
 
 def accuracies(predictions: Sequence[Prediction]) -> dict[str, float]:
-    """The share of right answers, "accuracy", and of each group that there is: captions by their words, others as text.
+    """The share of right answers, "accuracy", and that of each group that there is.
 
     Args:
         predictions: with references.
     """
     hits: dict[str, list[bool]] = defaultdict(list)
     for each in predictions:
-        if each.task.startswith("caption"):
-            right = bool(caption_match([each.prediction], [each.references])[0])
-        else:
-            right = exact_match(each.prediction, each.references)
-        hits["accuracy"].append(right)
-        if each.group:
-            hits[each.group].append(right)
+        for name in ("accuracy", *([each.group] if each.group else [])):
+            hits[name].append(is_right(each))
     return {name: sum(rights) / len(rights) for name, rights in hits.items()}
+
+
+def is_right(prediction: Prediction) -> bool:
+    """Whether it is one of its references: of a caption the words count, of an answer the text.
+
+    Args:
+        prediction: with references.
+    """
+    if prediction.task == "caption":
+        return bool(caption_match([prediction.prediction], [prediction.references])[0])
+    return exact_match(prediction.prediction, prediction.references)
 
 
 def _longest_answer(items: Items, tokenizer: LmTokenizer) -> int:

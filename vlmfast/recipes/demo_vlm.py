@@ -1,0 +1,143 @@
+"""`vlmfast demo-vlm`: a small vision-language model learns to caption and to answer on two cores, from nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vlmfast.bench import machine
+from vlmfast.bench.timing import threads
+from vlmfast.errors import DataError
+from vlmfast.eval.predictions import Prediction, write_predictions
+from vlmfast.recipes import train_vlm
+from vlmfast.recipes.progress import counted
+from vlmfast.recipes.run_flags import FLAGS_FILE
+from vlmfast.recipes.vlm_data import Control, Items, open_conversations
+from vlmfast.recipes.vlm_predict import Talker, VlmFlags, open_talker, predict
+from vlmfast.recipes.vlm_report import CONTROLS, SHOWN, Asked, Results, html, show, summary
+from vlmfast.train import read_metrics
+
+RUN = "run"  # the run's folder in --out
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Trains a small vision-language model on captions of scenes and questions about them, and shows what it says.
+
+    For example:
+        vlmfast demo-vlm
+        vlmfast demo-vlm --out demo-vlm --steps 500 --n 200
+
+    It leaves report.html (open it in a browser), summary.json, the predictions for vlmfast eval, and the run, ready for
+    vlmfast chat --model demo-vlm/run.
+    """
+
+    out: Path = Path("demo-vlm")
+    """Folder for all of it; an earlier demo's run there is replaced."""
+    steps: int = 2000
+    """Steps of training."""
+    n: int = 500
+    """Held-out scenes that are captioned, and as many that are asked about."""
+    seed: int = 0
+    """Of weights and order."""
+    threads: int = 2
+    """Threads of PyTorch and of our kernels."""
+
+
+def run(config: Config) -> None:
+    """Trains, asks, and writes the report.
+
+    Args:
+        config: the flags.
+    Raises:
+        MissingExtraError: a library of the extra `demo` is missing.
+        DataError: the folder holds something that is not an earlier demo's.
+    """
+    started = time.perf_counter()
+    folder = config.out / RUN
+    if folder.exists():
+        if not (folder / FLAGS_FILE).exists():
+            raise DataError(f"{folder} is not a run of the demo; name another folder by --out")
+        shutil.rmtree(folder)
+    config.out.mkdir(parents=True, exist_ok=True)
+    with threads(config.threads):
+        print(f"training: {config.steps} steps")
+        began = time.perf_counter()
+        recipe = replace(scenes_patch_lm(folder, config.steps, config.seed), val_num_samples=min(config.n, 100))
+        done = train_vlm.train(recipe)
+        training_s = time.perf_counter() - began
+        talker = open_talker(VlmFlags(model=folder, device="cpu"))
+        asked = {task: _ask(config, recipe, talker, task) for task in ("caption", "vqa")}
+    results = Results(
+        metrics=read_metrics(folder / "metrics.jsonl"),
+        captions=asked["caption"],
+        answers=asked["vqa"],
+        parameters=sum(p.numel() for p in done.model.parameters()),
+        training_s=training_s,
+        seconds=time.perf_counter() - started,
+        machine=machine.machine(),
+        versions=machine.versions(),
+        date=machine.now(),
+    )
+    (config.out / "summary.json").write_text(json.dumps(summary(results), indent=1) + "\n", encoding="utf-8")
+    (config.out / "report.html").write_text(html(results), encoding="utf-8")
+    print(show(results))
+    print(f"\n{config.out / 'report.html'} shows it; talk to it with vlmfast chat --model {folder}")
+
+
+def scenes_patch_lm(folder: Path, steps: int = 2000, seed: int = 0) -> train_vlm.Config:
+    """A decoder of four layers that reads 64 patches of a scene with one or two objects, and captions or answers.
+
+    The command is `vlmfast demo-vlm`.
+
+    Args:
+        folder: of the run.
+        steps: length of the run.
+        seed: of weights and order.
+    """
+    return train_vlm.Config(
+        task="patch-lm",
+        train_data="L1",
+        vlm_task="caption,vqa",
+        questions_per_image=1,
+        train_num_samples=64 * steps,
+        val_num_samples=100,
+        logs=folder.parent,
+        name=folder.name,
+        width=128,
+        layers=4,
+        heads=4,
+        patch_size=8,
+        stem="conv",
+        prefix_lm=True,
+        context_length=192,
+        vocab_size=512,
+        steps=steps,
+        batch_size=64,
+        lr=2e-3,
+        wd=0.1,
+        warmup=min(100, steps // 4),
+        grad_clip_norm=1.0,
+        seed=seed,
+        device="cpu",
+        workers=1,
+        save_frequency=0,
+        val_frequency=0.1,
+        log_every_n_steps=max(1, steps // 200),
+    )
+
+
+def _ask(config: Config, recipe: train_vlm.Config, talker: Talker, task: str) -> Asked:
+    """What the model says of held-out scenes, with each control."""
+    items = Items(open_conversations(recipe, recipe.train_data, task, "test", config.n, talker.pixels), config.n)
+    flags, found = VlmFlags(max_new_tokens=48), dict[Control, list[Prediction]]()
+    for control in CONTROLS:
+        batches = predict(talker, items, flags, control=control, rank=task == "vqa")
+        found[control] = [
+            each for part in counted(batches, f"{task}, {CONTROLS[control]}", len(items)) for each in part
+        ]
+        write_predictions(config.out / f"{task}-{control}.jsonl", found[control])
+    return Asked(found, [item.image[0] for item in items.read(range(min(SHOWN, len(items))))])
