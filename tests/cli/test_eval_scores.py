@@ -170,6 +170,13 @@ def test_probabilities_without_the_truth_are_read_as_scores(scored):
     assert math.isfinite(results["metrics"]["nll"])
 
 
+def test_of_two_spellings_that_are_right_the_one_that_was_said_counts(scored):
+    probs = {"yes": 0.6, "Yes.": 0.3, "no": 0.1}
+    predictions = [Prediction(id=str(i), prediction="Yes.", probs=probs, references=("yes",)) for i in range(2)]
+    metrics = scored(eval_calibration, predictions)["metrics"]
+    assert (metrics["accuracy"], metrics["confidence"]) == (1, pytest.approx(0.3))
+
+
 def test_a_certainty_that_is_wrong_is_finite(scored):
     probs = {"red": 1.0, "blue": 0.0}
     predictions = [Prediction(id=str(i), prediction="red", probs=probs, references=("blue",)) for i in range(2)]

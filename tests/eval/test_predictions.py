@@ -70,6 +70,14 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == ["preds.jsonl"]
 
 
+def test_who_has_the_old_file_open_reads_it_to_its_end(tmp_path):
+    path = tmp_path / "preds.jsonl"
+    write_predictions(path, WHOLE)
+    with path.open(encoding="utf-8") as old:
+        write_predictions(path, WHOLE[:1])
+        assert len(old.read().split("\n")) == 4
+
+
 def test_confidence_is_the_score_or_the_probability_of_what_was_said():
     assert [each.confidence for each in WHOLE] == [0.75, 0.5, None]
     assert Prediction(id="x", prediction="none of them", probs={"two": 1.0}).confidence is None
