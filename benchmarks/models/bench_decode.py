@@ -63,7 +63,7 @@ class Case:
 
 def cached(decoder: Decoder, ids: Tensor) -> Decode:
     """What we do."""
-    return lambda new: torch.stack([each.tokens for each in generate(decoder, list(ids), max_new_tokens=new)])
+    return lambda new: torch.stack([row.tokens for row in generate(decoder, list(ids), max_new_tokens=new)])
 
 
 def recomputed(decoder: Decoder, ids: Tensor) -> Decode:
@@ -160,6 +160,8 @@ def main() -> int:
     parser.add_argument("--batch", default="1,8", help="prompts at once, with commas")
     parser.add_argument("--prompt", type=int, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=128, help="tokens that are generated")
+    for name in ("width", "layers", "vocab_size"):
+        parser.add_argument("--" + name.replace("_", "-"), type=int, help="of the decoder, instead of the default")
     parser.add_argument("--providers", default=",".join(PROVIDERS))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
@@ -168,7 +170,8 @@ def main() -> int:
     defaults = DEFAULTS[options.device]
     dtype, prompt = options.dtype or defaults["dtype"], options.prompt or defaults["prompt"]
     gauge = meter.meter(options.device, options.threads)
-    config = DecoderConfig.llama(**defaults["sizes"])
+    asked = {name: value for name in ("width", "layers", "vocab_size") if (value := getattr(options, name))}
+    config = DecoderConfig.llama(**defaults["sizes"] | asked)
     rows: list[dict[str, Any]] = []
     with timing.threads(options.threads):
         decoder = build_decoder(config, seed=0).to(options.device, getattr(torch, dtype)).eval()

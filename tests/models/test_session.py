@@ -202,6 +202,15 @@ def test_options_are_those_of_generate(options):
     assert session.tokens_reused == 3 + P + 6
 
 
+def test_an_answer_has_no_image_tokens(monkeypatch):
+    model = Looks()
+    logits, liked = model.decoder.logits, torch.zeros(V).index_fill(0, torch.tensor([IMAGE]), 1000.0)
+    monkeypatch.setattr(model.decoder, "logits", lambda hidden: logits(hidden) + liked)
+    answer = Session(model).ask(says(3, "image", 6), picture(0)[None], max_new_tokens=4)
+    assert len(answer.tokens) == 4
+    assert IMAGE not in answer.tokens
+
+
 def test_what_does_not_fit_is_refused():
     session = Session(Looks(context_length=24))
     with pytest.raises(ShapeError, match="image tokens"):
