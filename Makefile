@@ -5,10 +5,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 NATIVE := CMakeLists.txt setup.py $(shell find csrc -type f)
 
-.PHONY: demo test test-noext test-open-clip test-interpret compile-gates setup bench gpu-check fmt lint type nm asan clean
+.PHONY: demo demo-vlm test test-noext test-open-clip test-interpret compile-gates setup bench gpu-check fmt lint type nm asan clean
 
 demo: $(VENV)/.native ## train CLIP on real digits through the fused loss, and measure what it saves
 	$(BIN)/vlmfast demo --out demo
+
+demo-vlm: $(VENV)/.native ## a small vision-language model learns to caption and to answer, and shows how well
+	$(BIN)/vlmfast demo-vlm --out demo-vlm
 
 test: $(VENV)/.native ## every test
 	VLMFAST_REQUIRE=cpu $(BIN)/python -m pytest -n 2

@@ -19,6 +19,7 @@ from vlmfast.errors import VlmfastError, missing_extra
 
 COMMANDS = (
     "demo",
+    "demo-vlm",
     "train --task",
     "train",
     "plan",
