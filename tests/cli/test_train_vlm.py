@@ -14,9 +14,19 @@ from safetensors.torch import load_file
 from small_vlm import SHORT, SIZES
 
 from vlmfast import cli
+from vlmfast.data.batch import batches
+from vlmfast.data.dialogue import Dialogues, pack, supervise
 from vlmfast.models.weights.decoder import load_decoder
 from vlmfast.models.weights.vlm import load_vlm
-from vlmfast.recipes.vlm_data import TaskMix, VlmDataFlags, blank, open_conversations, task_weights, without_images
+from vlmfast.recipes.vlm_data import (
+    TaskMix,
+    VlmDataFlags,
+    blank,
+    open_conversations,
+    task_weights,
+    train_vocabulary,
+    without_images,
+)
 from vlmfast.train import read_metrics
 
 CLOCK = ("train/samples_per_second", "train/samples_per_second_per_gpu", "train/tokens_per_second")
@@ -293,3 +303,35 @@ def test_two_ranks_train_as_one_process_with_both_their_conversations(tmp_path, 
         ours, exact = (load_file(folder / "model/model.safetensors") for folder in (tmp_path / name, alone))
         for key, value in exact.items():
             torch.testing.assert_close(ours[key], value, rtol=1e-3, atol=2e-5)
+
+
+def test_a_batch_of_scenes_is_read_in_one_call():
+    """And is the same as one by one; what cannot be trained on has its row taken by another."""
+    calls = []
+
+    class Watched:
+        def __init__(self, dataset):
+            self.dataset = dataset
+
+        def __len__(self):
+            return len(self.dataset)
+
+        def __getitem__(self, index):
+            return self.dataset[index]
+
+        def __getitems__(self, indices):
+            calls.append(len(indices))
+            return self.dataset.__getitems__(indices)
+
+    scenes = open_conversations(VlmDataFlags(), "L1", "caption", "train", 64, None)
+    tokenizer = train_vocabulary(scenes, "bare", 300)
+    together = Dialogues(Watched(scenes), "bare", tokenizer, 16, 70)
+    lengths = [len(supervise(scenes[i].conversation, "bare", tokenizer, 16).ids) for i in range(64)]
+    assert 0 < sum(length > 70 for length in lengths) < 40
+    batch = next(batches(together, None, 8, seed=1, collate=pack))
+    assert calls == [8]
+    assert len(batch) == 8
+    for dialogue, index in zip(batch.split(1), batch.index.tolist(), strict=True):
+        alone = together[index]
+        assert torch.equal(dialogue.ids, alone.dialogue.ids)
+        assert torch.equal(dialogue.image, alone.image)

@@ -75,8 +75,9 @@ class MapDataset(Protocol):
     """What `batches` needs of a data set with places 0 .. len - 1.
 
     If it also has `draw(index, seed, epoch)`, that is called instead of `dataset[index]`: randomness (crop, template)
-    comes from the three numbers, and None says that the sample is unreadable and has been counted.
-    Else, if it has `__getitems__(indices) -> list`, a batch is read by one call of it.
+    comes from the three numbers, and None says that the sample is unreadable and has been counted. With
+    `draw_all(indices, seed, epoch) -> list` beside it a batch is drawn by one call, and without either, if it has
+    `__getitems__(indices) -> list`, a batch is read by one call of that.
     """
 
     def __len__(self) -> int: ...
@@ -295,7 +296,12 @@ def _map_reader(dataset: Any, plan: _Plan) -> Reader:
             "one"
         )
     draw = getattr(dataset, "draw", lambda index, seed, epoch: dataset[index])
-    draw_all = None if hasattr(dataset, "draw") else getattr(dataset, "__getitems__", None)
+
+    def read_all(indices: list[int], seed: int, epoch: int) -> list[Any]:
+        return dataset.__getitems__(indices)
+
+    at_once = hasattr(dataset, "__getitems__") and not hasattr(dataset, "draw")
+    draw_all = getattr(dataset, "draw_all", read_all if at_once else None)
 
     @functools.lru_cache(maxsize=2)  # the current epoch, and the next where workers read ahead
     def order(epoch: int) -> np.ndarray:
@@ -311,7 +317,7 @@ def _map_reader(dataset: Any, plan: _Plan) -> Reader:
         epoch, place = divmod(step, per_epoch)
         of_all_ranks = order(epoch)[place * together : (place + 1) * together]
         indices = np.array_split(of_all_ranks, world_size)[rank].tolist()
-        samples = draw_all(indices) if draw_all else (draw(index, seed, epoch) for index in indices)
+        samples = draw_all(indices, seed, epoch) if draw_all else (draw(index, seed, epoch) for index in indices)
         rows = dict(zip(indices, samples, strict=True))
         if plan.shuffle:
             bad = [index for index, sample in rows.items() if sample is None]

@@ -164,11 +164,14 @@ class Dialogues:
 
     def draw(self, index: int, seed: int, epoch: int) -> Prepared | None:
         """The dialogue at a place; None if it cannot be trained on, which is counted."""
-        sample = self._draw(index, seed, epoch)
-        try:
-            return None if sample is None else self._prepared(sample, index)
-        except UnreadableError:
-            return None
+        return self._tried(self._draw(index, seed, epoch), index)
+
+    def draw_all(self, indices: list[int], seed: int, epoch: int) -> list[Prepared | None]:
+        """What `draw` gives for each place; the data set is read in one call, if it can be."""
+        if hasattr(self.dataset, "draw") or not hasattr(self.dataset, "__getitems__"):
+            return [self.draw(index, seed, epoch) for index in indices]
+        samples = self.dataset.__getitems__(indices)
+        return [self._tried(sample, index) for sample, index in zip(samples, indices, strict=True)]
 
     @property
     def skipped(self) -> Counter[str]:
@@ -178,6 +181,13 @@ class Dialogues:
     def describe_skipped(self) -> str:
         """One line that tells what was skipped, with examples; empty if nothing was."""
         return self.skips.describe()
+
+    def _tried(self, sample: Any, index: int) -> Prepared | None:
+        """The dialogue of a sample; None if there is none, or it cannot be trained on, which is counted."""
+        try:
+            return None if sample is None else self._prepared(sample, index)
+        except UnreadableError:
+            return None
 
     def _prepared(self, sample: Any, index: int) -> Prepared:
         conversation, image = sample.conversation, sample.image
