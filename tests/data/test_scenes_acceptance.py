@@ -1,4 +1,6 @@
-"""What makes a number on scenes L0-L2 mean something: truth, balance, and no short cut. 5000 scenes of each level.
+"""What makes a number on scenes L0-L3 mean something: truth, balance, and no short cut.
+
+5000 scenes of each level, and 2000 of L3, whose scenes take four times as long.
 
 `pytest -s` prints the figures of docs/data.md.
 
@@ -21,7 +23,8 @@ from vlmfast.data.scenes.render import render
 from vlmfast.data.scenes.shapes import SHAPES, TURNS
 
 N = 5000
-LEVELS = tuple(scenes.LEVELS)
+LEVELS = ("L0", "L1", "L2", "L3")
+RICH = ("L2", "L3")
 SIZES = ("small", "medium", "large")
 TEXTURES = ("solid", "striped", "dotted", "checkered", "hollow")
 MEANINGS = {
@@ -34,16 +37,21 @@ MEANINGS = {
 for kind, names in (("size", SIZES), ("texture", TEXTURES), ("colour", COLOURS), ("shape", SHAPES)):
     MEANINGS[kind] |= {name: name for name in names}
 ATTRIBUTE = {word: (kind, name) for kind, words in MEANINGS.items() for word, name in words.items()}
-NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4}
+NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9}
 THIRDS = {"left": (0, 0), "right": (0, 2), "top": (1, 0), "bottom": (1, 2), "center": (None, 1), "middle": (None, 1)}
 RELATIONS = {"to the left of": (0, 1), "to the right of": (0, -1), "above": (1, 1), "below": (1, -1)}
 
 
+def number(level):
+    """How many scenes of a level are looked at."""
+    return 2000 if level == "L3" else N
+
+
 @functools.cache
 def first(level):
-    """(latents, scenes) of the first 5000 training samples."""
-    latents = sample(level, "train", np.arange(N))
-    return latents, [latents.scene(row) for row in range(N)]
+    """(latents, scenes) of the first training samples."""
+    latents = sample(level, "train", np.arange(number(level)))
+    return latents, latents.scenes()
 
 
 @pytest.fixture(scope="module", params=LEVELS)
@@ -52,10 +60,10 @@ def world(request):
     return first(request.param)
 
 
-@pytest.fixture(scope="module")
-def rich():
-    """(latents, scenes) of level L2."""
-    return first("L2")
+@pytest.fixture(scope="module", params=RICH)
+def rich(request):
+    """(latents, scenes) of the levels with relations."""
+    return first(request.param)
 
 
 # A reader of captions, and a judge.
@@ -131,11 +139,13 @@ def test_every_claim_holds(world):
 
 
 @pytest.mark.parametrize("granularity", ["sentence", "multi-sentence", "paragraph"])
-@pytest.mark.parametrize("level", ["L1", "L2"])
+@pytest.mark.parametrize("level", ["L1", *RICH])
 def test_a_swapped_caption_is_false_and_has_the_same_words(level, granularity):
     pairs = [scene for scene in first(level)[1][:2500] if len(scene.objects) > 1]
     swapped = [(scene, text) for scene in pairs if (text := scenes.swapped(scene, granularity))]
-    assert len(swapped) >= (0.8 if granularity == "multi-sentence" else 0.97) * len(pairs)  # the rest are true too
+    # The rest are true too; relations of a chain of nine things are true of many a scene.
+    share = {"L3": 0.6}.get(level, 0.8) if granularity == "multi-sentence" else 0.97
+    assert len(swapped) >= share * len(pairs)
     for scene, text in swapped:
         assert not judge(text, scene), text
         assert bag_of_words(text) == bag_of_words(scenes.caption(scene, granularity))
@@ -144,8 +154,9 @@ def test_a_swapped_caption_is_false_and_has_the_same_words(level, granularity):
 def test_a_caption_says_enough_to_be_found(world):
     """A sentence is true of its scene and of hardly any other: 1 of 120 at L0, where only the class is said."""
     _, every = world
-    true = sum(judge(scenes.caption(every[k]), every[(k + 1) % N]) for k in range(N))
-    assert true / N < (0.02 if every[0].level == "L0" else 0.001)
+    n = len(every)
+    true = sum(judge(scenes.caption(every[k]), every[(k + 1) % n]) for k in range(n))
+    assert true / n < (0.02 if every[0].level == "L0" else 0.001)
 
 
 def test_a_relation_is_plain_to_see(rich):
@@ -157,12 +168,12 @@ def test_a_relation_is_plain_to_see(rich):
 # (ii) The caption alone, (iii) the image alone, (iv) pixels, (v) a bag of words do not solve the task.
 
 
-@pytest.mark.parametrize("level", ["L1", "L2"])
+@pytest.mark.parametrize("level", ["L1", *RICH])
 def test_the_caption_alone_does_not_tell_true_from_swapped(level):
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    latents = sample(level, "train", np.arange(N if level == "L2" else 2 * N))
+    latents = sample(level, "train", np.arange(2 * N if level == "L1" else N))
     pairs = [(scenes.caption(scene), scenes.swapped(scene)) for scene in map(latents.scene, range(len(latents)))]
     texts = [text for pair in pairs if pair[1] for text in pair]
     labels = np.arange(len(texts)) % 2
@@ -190,12 +201,13 @@ def test_pixels_do_not_solve_the_rich_level(rich):
     from sklearn.neighbors import KNeighborsClassifier
 
     latents, _ = rich
-    pixels = render(latents, 16).reshape(N, -1).astype(np.float32) / 255
-    train, test = slice(0, 4000), slice(4000, N)
+    n = len(latents)
+    pixels = render(latents, 16).reshape(n, -1).astype(np.float32) / 255
+    train, test = slice(0, n - 1000), slice(n - 1000, n)
     pixels = (pixels - pixels[train].mean(0)) / pixels[train].std()
     leftmost = np.where(latents.radius > 0, latents.x, UNIT).argmin(1)
     families = {
-        name: getattr(latents, name)[np.arange(N), leftmost] for name in ("colour", "shape", "size", "texture", "place")
+        name: getattr(latents, name)[np.arange(n), leftmost] for name in ("colour", "shape", "size", "texture", "place")
     }
     for name, label in {"count": latents.count, **families}.items():
         chance = np.bincount(label[test]).max() / 1000
@@ -203,7 +215,7 @@ def test_pixels_do_not_solve_the_rich_level(rich):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 score = model.fit(pixels[train], label[train]).score(pixels[test], label[test])
-            print(f"L2: {name} from pixels: {type(model).__name__} {score:.3f}, chance {chance:.3f}")
+            print(f"{latents.level}: {name} from pixels: {type(model).__name__} {score:.3f}, chance {chance:.3f}")
             assert score <= chance + 0.6 * (1 - chance), (name, model, score)
 
 
@@ -222,7 +234,7 @@ def test_a_bag_of_words_ties_on_swapped_captions(rich, granularity):
             image = generator.standard_normal(16)
             wins += image @ tower(scenes.caption(scene, granularity)) > image @ tower(swapped)
             total += 1
-    assert total > 450
+    assert total > 400
     assert wins == 0  # a tie each time: 50 % if ties count half, 0 % if they do not; chance is 50 %
 
 
@@ -247,11 +259,12 @@ def compositions(latents: Latents):
 
 def test_splits_share_no_scene_and_held_out_pairs_stay_out(world):
     level = world[1][0].level
-    splits = [split for split in scenes.SPLITS if split != "style-test" or level == "L2"]
-    by_split = {split: sample(level, split, np.arange(N)) for split in splits}
+    splits = [split for split in scenes.SPLITS if split != "style-test" or level in RICH]
+    n = number(level)
+    by_split = {split: sample(level, split, np.arange(n)) for split in splits}
     hashes = [set(latents.hashes()) for latents in by_split.values()]
     assert sum(map(len, hashes)) == len(set().union(*hashes))
-    assert all(len(each) == N for each in hashes)
+    assert all(len(each) == n for each in hashes)
     for split, latents in by_split.items():
         pairs = {triple[:2] for triple in compositions(latents)}
         assert pairs <= HELD_OUT if split == "comp-test" else not pairs & HELD_OUT
@@ -285,8 +298,8 @@ def test_equal_captions_have_equal_ids(world, granularity):
     for scene in world[1]:
         id = scenes.caption_id(scenes.claims(scene, granularity))
         assert ids.setdefault(scenes.caption(scene, granularity, paraphrase=0), id) == id
-    level, share = world[1][0].level, 1 - len(set(ids.values())) / N
-    print(f"{level}: {100 * share:.1f} % of {N} captions ({granularity}) say what an earlier one says")
+    level, share = world[1][0].level, 1 - len(set(ids.values())) / len(world[1])
+    print(f"{level}: {100 * share:.1f} % of {len(world[1])} captions ({granularity}) say what an earlier one says")
 
 
 # Balance and appearance.
@@ -323,7 +336,7 @@ def test_every_factor_is_balanced(world):
         shares["background"] = latents.background, np.full(5, 0.2)
         turning = live & (TURNS[latents.shape] == 7)
         shares["orientation"] = latents.orientation[turning], np.full(8, 1 / 8)
-        shares["order"] = latents.order[:, 0], np.full(4, 1 / 4)
+        shares["order"] = latents.order[:, 0], np.full(most, 1 / most)
     p = {name: chi_square(values, expected) for name, (values, expected) in shares.items()}
     assert min(p.values()) > 1e-3, p
 
@@ -364,20 +377,23 @@ def test_enough_of_every_object_is_visible(rich):
     latents = rich[0].take(np.arange(800))
     black = {"style": 0, "background": 0, "background_rgb": 255, "rgb": 0, "count": 1}
     layers = []
-    for k in range(4):
-        alone = {name: np.roll(array, -k, 1) for name, array in latents.arrays().items() if array.shape[1:] == (4,)}
+    most = latents.shape.shape[1]
+    for k in range(most):
+        alone = {name: np.roll(array, -k, 1) for name, array in latents.arrays().items() if array.shape[1:] == (most,)}
         flat = {name: np.full_like(getattr(latents, name), value) for name, value in black.items()}
         solid = {"texture": np.where(alone["texture"] == 4, 4, 0), "radius": np.maximum(alone["radius"], 1)}
         image = render(Latents(**{**vars(latents), **alone, **flat, **solid}), 96)[:, 0]
         layers.append((image < 128) & (latents.radius[:, k] > 0)[:, None, None])
     lowest = 1.0
     for k, layer in enumerate(layers):
-        in_front = np.logical_or.reduce(layers[k + 1 :]) if k < 3 else np.zeros_like(layer)
+        in_front = np.logical_or.reduce(layers[k + 1 :]) if k < most - 1 else np.zeros_like(layer)
         drawn = latents.radius[:, k] > 0
         visible = (layer & ~in_front).sum((1, 2))[drawn] / layer.sum((1, 2))[drawn]
         lowest = min(lowest, visible.min())
         assert lowest >= 0.35
         assert abs(visible - latents.visible[drawn, k] / 96).max() < 0.15
     hidden = np.mean(latents.visible[latents.radius > 0] < 96)
-    print(f"L2: {100 * hidden:.0f} % of the objects are partly covered; of the worst, {lowest:.2f} is visible")
+    print(
+        f"{latents.level}: {100 * hidden:.0f} % of the objects are partly covered; visible of the worst: {lowest:.2f}"
+    )
     assert hidden > 0.1

@@ -65,9 +65,8 @@ def instruct(scene: Scene) -> list[Instruction]:
     for turn in turns:
         for program, answer in turn.checks:
             if execute(program, scene) != answer:
-                raise DataError(
-                    f"scenes: {turn.answer!r} does not hold in scene {scene.index}: {program} is not {answer}"
-                )
+                where = f"scene {scene.index} of {scene.level}/{scene.split}"
+                raise DataError(f"scenes: {turn.answer!r} does not hold in {where}: {program} is not {answer}")
     return turns
 
 

@@ -7,11 +7,11 @@ that most often comes with the one asked about before. No shape is asked about t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from vlmfast.data.scenes.latents import Field, Latents, sample
+from vlmfast.data.scenes.latents import Field, attributes
 from vlmfast.data.scenes.questions import YES_NO, Draw, Question, article, key
 from vlmfast.data.scenes.shapes import SHAPES
 
@@ -37,13 +37,13 @@ def pope(level: str, split: str, strategy: str, seed: int = 0) -> Iterator[tuple
     Source: Li et al. 2023, "Evaluating Object Hallucination in Large Vision-Language Models". Frequencies are those of
         the training split, not of the images asked about, so that a set does not depend on its size.
     """
-    counts = together(presence(sample(level, "train", np.arange(COUNTED), seed)))
+    counts = together(presence(attributes(level, "train", np.arange(COUNTED), seed)))
     for start in range(0, 2**31, BLOCK):
-        latents = sample(level, split, np.arange(start, start + BLOCK), seed)
-        for row in np.flatnonzero(presence(latents).sum(1) >= POSITIVES):
-            present = list(dict.fromkeys(latents.shape[row, : latents.count[row]].tolist()))
-            index = int(latents.index[row])
-            yield index, _six(present, strategy, counts, Draw(*key(seed, level, split)[:3], Field.POPE, index))
+        things = attributes(level, split, np.arange(start, start + BLOCK), seed)
+        for row in np.flatnonzero(presence(things).sum(1) >= POSITIVES).tolist():
+            present = list(dict.fromkeys(things["shape"][row, : things["count"][row]].tolist()))
+            draw = Draw(*key(seed, level, split)[:3], Field.POPE, start + row)
+            yield start + row, _six(present, strategy, counts, draw)
 
 
 def _six(present: list[int], strategy: str, counts: np.ndarray, draw: Draw) -> list[Question]:
@@ -63,10 +63,14 @@ def _question(shape: int, answer: str) -> Question:
     return Question("pope", "exist", text, answer, YES_NO, ("exist", ("filter", "shape", name, ("all",))))
 
 
-def presence(latents: Latents) -> np.ndarray:
-    """[n, 12] int64: 1 where a scene has the shape."""
-    live = np.arange(latents.shape.shape[1]) < latents.count[:, None]
-    return (live[..., None] & (latents.shape[..., None] == np.arange(len(SHAPES)))).any(1).astype(np.int64)
+def presence(things: Mapping[str, np.ndarray]) -> np.ndarray:
+    """[n, 12] int64: 1 where a scene has the shape.
+
+    Args:
+        things: of n scenes, as `attributes` gives them.
+    """
+    live = np.arange(things["shape"].shape[1]) < things["count"][:, None]
+    return (live[..., None] & (things["shape"][..., None] == np.arange(len(SHAPES)))).any(1).astype(np.int64)
 
 
 def together(present: np.ndarray) -> np.ndarray:

@@ -92,8 +92,8 @@ def predicates(level: str) -> dict[str, dict[str, tuple[str, ...]]]:
     rich, most = LEVELS[level].rich, LEVELS[level].objects[1]
     values = {name: values for name, values in VALUES.items() if rich or name != "texture"}
     numbers = tuple(str(n) for n in range({2: 3, 4: 4}.get(most, 5)))
-    # Three of a colour or a shape among four things: one scene in a hundred, too few to look for.
-    counted = ("size", "texture") if most == 4 else tuple(values)
+    # Not three of a colour or a shape: few scenes have them, and none of comp-test.
+    counted = ("size", "texture") if rich else tuple(values)
     described = ("shape", "colour", "colour shape", "size shape", *(("texture shape",) if rich else ()))
     compared = ("bigger", "smaller", *(("more", "fewer") if rich else ()))
     return {

@@ -13,7 +13,7 @@ import torch
 from vlmfast.data.conversation import IMAGE_MARK, Conversation, Turn, VlmSample
 from vlmfast.data.scenes.captions import GRANULARITIES, caption, references
 from vlmfast.data.scenes.instruct import Instruction, instruct
-from vlmfast.data.scenes.latents import SPLIT_SIZES, Latents, Scene, attributes, check, sample
+from vlmfast.data.scenes.latents import MAX_INDEX, SPLIT_SIZES, Latents, Scene, attributes, check, sample
 from vlmfast.data.scenes.pope import PER_IMAGE, STRATEGIES, pope
 from vlmfast.data.scenes.questions import SCARCE, Draw, Question, ask, key, predicates, promising
 from vlmfast.data.scenes.render import render
@@ -209,6 +209,8 @@ def _questions(level: str, split: str, seed: int, families: Sequence[str] | None
         found: list[Latents] = []
         pending, start, block = list(dict.fromkeys(places)), 0, FIRST_BLOCK
         while pending:
+            if start + block > MAX_INDEX // STRIDE:
+                raise DataError(f"scenes: {level}/{split} has too few scenes to ask {first(pending[0])} about")
             tries = np.array(pending)[:, None] + STRIDE * np.arange(start, start + block)  # [pending, block] scenes
             things = attributes(level, split, tries, seed)
             wanted = {place: first(place) for place in pending}
