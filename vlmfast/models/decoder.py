@@ -387,8 +387,9 @@ class Decoder(nn.Module):
             sight = sight._replace(cache=cache, slots=(sequence * cache.capacity + place).flatten())
             if not cache.empty:
                 last = place if grid is None else place.new_zeros(B * most).index_copy(0, grid, place)
-                group = config.heads // config.kv_heads if most > 1 else 1
-                mask = _mask(last.view(B, 1, most, 1), reach, cache.dtype).repeat(1, 1, group, 1)
+                mask = _mask(last.view(B, 1, most, 1), reach, cache.dtype)
+                if most > 1:
+                    mask = mask.repeat(1, 1, config.heads // config.kv_heads, 1)
                 sight = sight._replace(reach=reach, grid=grid, mask=mask)
         place = place.expand(x.shape[:-1]).flatten()
         x = x.flatten(0, -2)
