@@ -143,7 +143,7 @@ class Vlm(nn.Module):
             ids: [tokens] int64, B sequences one after the other; P image tokens stand where an image goes.
             image: [N, 3, H, W], in the order of their places in ids, see `encode_image`; N may be 0.
             labels: [tokens] int64: a token's own id where it is supervised, -100 elsewhere. Those of first tokens
-                count for nothing: no token predicts them.
+                count for nothing, as no token predicts them.
             cu_seqlens: [B + 1] int32, 0 and then where each sequence ends.
             max_seqlen: no sequence is longer. None: read from cu_seqlens.
             prefix: [B] int64, how many first tokens of each sequence see each other; a causal model takes no notice.
@@ -173,10 +173,9 @@ class Vlm(nn.Module):
         """[N, P, C]; of no image, zeros that hang on every trainable parameter which images go through."""
         if len(image):
             return self.encode_image(image)
-        weight = self.decoder.embed_tokens.weight
         used = [p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("decoder.")]
-        nothing = sum((p.sum() for p in used), weight.new_zeros(()))
-        return nothing.to(weight.dtype).expand(0, self.image_tokens, weight.shape[1])
+        nothing = sum((p.sum() for p in used), torch.zeros((), device=image.device))
+        return nothing.expand(0, self.image_tokens, self.decoder.config.width)
 
     def _splice(self, ids: Tensor, at_image: Tensor, features: Tensor) -> Tensor:
         x = self.decoder.embed(ids.masked_fill(at_image, 0))
