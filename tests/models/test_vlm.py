@@ -140,6 +140,19 @@ def test_checkpointed_gradients_are_the_same():
     assert_close(*grads)
 
 
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+def test_under_autocast_it_is_nearly_the_same(stem):
+    vlm = model(stem=stem)
+    for parts in (batch(*SEQUENCES), batch([1, 2, 3])):
+        exact = vlm(*parts)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = vlm(*parts)
+        loss.backward()
+        assert loss.dtype == torch.float32
+        assert_close(loss, exact, rtol=0.02, atol=0.0)
+        assert all(p.grad.dtype == torch.float32 for p in vlm.parameters())
+
+
 def test_generates_and_scores_prompt_by_prompt():
     vlm = model()
     with torch.no_grad():
