@@ -164,16 +164,17 @@ def test_embeddings_are_prompts_too(decoder):
 
 
 def test_a_cache_goes_on_from_what_it_holds(decoder):
-    rows, options = MIXED[1:4:2], {"max_new_tokens": 9, "eos": EOS}
-    cache = KvCache(decoder.config, 2, 4)
+    rows, options = [prompt(seed, 12) for seed in range(6)], {"max_new_tokens": 9, "eos": EOS}
+    cache = KvCache(decoder.config, 6, 4)
     generate(decoder, [each[:5] for each in rows], max_new_tokens=1, cache=cache)
-    assert cache.lengths.tolist() == [5, 5]
+    assert cache.lengths.tolist() == [5] * 6
     for beams in (3, 1):
         cache.truncate(5)
         answers = generate(decoder, [each[5:] for each in rows], beams=beams, cache=cache, **options)
         same(answers, generate(decoder, rows, beams=beams, **options))
-    shortest = min(len(each.log_probs) for each in answers)
-    assert cache.lengths.tolist() == [12 + shortest - 1] * 2
+    lengths = sorted(len(each.log_probs) for each in answers)
+    assert lengths[0] < lengths[1], "one row must end alone"
+    assert cache.lengths.tolist() == [12 + lengths[0] - 1] * 6
 
 
 def test_filters_are_those_of_transformers(transformers):
@@ -264,8 +265,10 @@ def test_suppressed_tokens_are_never_written(decoder, beams):
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("left", [0, 1, 3])
 def test_the_context_ends_what_it_must(decoder, beams, left):
-    short, full = generate(decoder, [prompt(0, 2), prompt(1, CONTEXT - left)], max_new_tokens=6, beams=beams)
-    assert (len(short.tokens), len(full.tokens)) == (6, left + 1)  # the last token need not be read
+    prompts = [prompt(9, CONTEXT - left), *(prompt(seed, 2) for seed in range(5))]
+    full, *others = generate(decoder, prompts, max_new_tokens=6, beams=beams)
+    assert len(full.tokens) == left + 1  # the last token need not be read
+    assert {len(each.tokens) for each in others} == {6}
     assert not full.finished
 
 

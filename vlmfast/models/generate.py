@@ -85,6 +85,7 @@ def generate(
     Source: beams as in transformers 5 (Apache-2.0), each prompt ending by itself; top_p is Holtzman et al. 2020.
     """
     _check_options(max_new_tokens, temperature, top_k, top_p, beams, early_stopping)
+    borrowed = cache is not None
     hidden, cache, room = _prefill("generate", decoder, prompts, max_new_tokens, prefix, cache)
     barred = torch.tensor(list(suppress), dtype=torch.int64, device=hidden.device)
     if beams > 1:
@@ -103,7 +104,7 @@ def generate(
             )
         draws = torch.stack([torch.rand(max(room), dtype=torch.float64, generator=_generator(each)) for each in seeds])
         choose = partial(_drawn, draws.to(hidden.device), temperature, top_k, top_p)
-    return _follow(decoder, hidden, cache, room, set(eos), barred, choose, on_token)
+    return _follow(decoder, hidden, cache, borrowed, room, set(eos), barred, choose, on_token)
 
 
 @torch.no_grad()
@@ -227,6 +228,7 @@ def _follow(
     decoder: Decoder,
     hidden: Tensor,
     cache: KvCache,
+    borrowed: bool,
     room: list[int],
     eos: set[int],
     barred: Tensor,
@@ -237,26 +239,32 @@ def _follow(
     tokens: list[list[int]] = [[] for _ in room]
     log_probs: list[list[float]] = [[] for _ in room]
     finished = [False] * len(room)
-    rows = list(range(len(room)))  # those that go on
+    rows, ended = list(range(len(room))), set[int]()  # the rows of the cache, and which of them are done
     for step in range(max(room)):
         likely = _next(decoder, hidden)
         chosen = choose(likely.index_fill(1, barred, -torch.inf) if len(barred) else likely, rows, step)
         own = likely.gather(1, chosen[:, None])[:, 0]
-        onward = []
-        for place, (row, token, log_prob) in enumerate(zip(rows, chosen.tolist(), own.tolist(), strict=True)):
+        for row, token, log_prob in zip(rows, chosen.tolist(), own.tolist(), strict=True):
+            if row in ended:
+                continue
             log_probs[row].append(log_prob)
             finished[row] = token in eos
             if not finished[row]:
                 tokens[row].append(token)
                 if on_token:
                     on_token(row, token)
-                if step + 1 < room[row]:
-                    onward.append(place)
+            if finished[row] or step + 1 == room[row]:
+                ended.add(row)
+        onward = [place for place, row in enumerate(rows) if row not in ended]
         if not onward:
             break
-        if len(onward) < len(rows):
+        # To leave rows out is to copy all others: that waits for a quarter to have ended, unless one has no room left,
+        # or what a caller's cache holds would grow past a row's end.
+        full = any(row in ended and step + 1 >= room[row] for row in rows)
+        if len(onward) < len(rows) and (borrowed or full or 4 * len(onward) <= 3 * len(rows)):
             kept = torch.tensor(onward, device=chosen.device)
             rows, chosen, cache = [rows[place] for place in onward], chosen[kept], cache.select(kept)
+            borrowed = False
         hidden = decoder(decoder.embed(chosen)[:, None], cache=cache)[:, 0]
     return [_generation(*each) for each in zip(tokens, log_probs, finished, strict=True)]
 
