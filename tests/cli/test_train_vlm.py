@@ -255,6 +255,9 @@ def test_a_llava_needs_its_parts(tmp_path, refused, clip):
     assert "needs --vision-tower" in refused(*command)
     assert "needs --language-model" in refused(*command, "--vision-tower", clip)
     assert "config.json" in refused(*command, "--vision-tower", clip, "--language-model", tmp_path / "none")
+    words = ["--vision-tower", clip, "--language-model", tmp_path, "--width", "8"]
+    assert "is there already; leave out --width" in refused(*command, *words)
+    assert "a llava's parts are" in refused(*command, "--model", "Lm-tiny")
     words = ["--vision-tower", clip, "--language-model", "Lm-tiny", "--train-parts", "eyes"]
     assert "the parts are tower, projector, lm" in refused(*command, *words)
 

@@ -96,8 +96,8 @@ class VlmModelFlags:
     """llava: a run of vlmfast train, a folder or name as vlmfast eval --pretrained takes it; or CLIP-tiny and such,
     from nothing."""
     language_model: str = ""
-    """llava: a folder of a GPT-2, Llama or Qwen2 (of Hugging Face's, or a run of vlmfast train --task lm); or Lm-tiny,
-    from nothing."""
+    """llava: a folder of a Llama or Qwen2 (of Hugging Face's, or a run of vlmfast train --task lm); or Lm-tiny, from
+    nothing."""
     projector_type: Literal["mlp2x_gelu", "linear"] = "mlp2x_gelu"
     """llava: LLaVA 1.5's projector, or LLaVA 1's."""
     vision_feature_layer: int = -2
@@ -204,6 +204,9 @@ def open_foundation(task: Task, flags: VlmModelFlags, seed: int) -> Foundation:
         return Foundation(task, _sizes(flags, flags.language_model), clip=clip)
     if not flags.language_model:
         raise DataError(f"--task llava needs --language-model: a folder, or one of {', '.join(PRESETS)} from nothing")
+    if given := _given(flags):
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise DataError(f"--language-model {flags.language_model}: is there already; leave out {named}")
     folder = model_folder(Path(flags.language_model))
     return Foundation(task, Sizes(), clip=clip, lm=load_decoder(folder), tokenizer=load_lm_tokenizer(folder))
 
@@ -238,6 +241,10 @@ def text_only(decoder: Decoder, image_token_id: int) -> Vlm:
 def _check_flags(task: Task, flags: VlmModelFlags) -> None:
     """Nothing, if no flag speaks of another task's model."""
     of = {"vision_tower": "llava", "language_model": "llava", "pretrain_projector": "llava"}
+    if flags.model and task == "llava":
+        raise DataError(
+            "--model is for --task patch-lm and lm; a llava's parts are --vision-tower and --language-model"
+        )
     of |= dict.fromkeys(("image_size", "patch_size", "stem", "prefix_lm"), "patch-lm")
     for name, owner in of.items():
         if getattr(flags, name) and task != owner:

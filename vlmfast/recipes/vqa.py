@@ -17,7 +17,7 @@ class Config(AskFlags):
         vlmfast vqa photo.jpg --model logs/eyes --question "What colour is the circle?"
         vlmfast vqa photo.jpg --model logs/eyes --question "Is there a star?" --candidates yes,no
         vlmfast vqa --model logs/eyes --level L1 --n 500 --rank --out answers.jsonl
-        vlmfast vqa --model logs/eyes --level L1 --vlm-task pope-adversarial --out pope.jsonl
+        vlmfast vqa --model logs/eyes --level L3 --cooc --vlm-task pope-adversarial --out pope.jsonl
         vlmfast vqa --model llava-1.5-7b-hf --questions coco_pope_random.json --image-folder val2014 --out pope.jsonl
         vlmfast eval vqa answers.jsonl
 
