@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 import torch
 
+from vlmfast import cli
 from vlmfast.data import scenes
+from vlmfast.data.conversation import LlavaJson
 from vlmfast.data.scenes import instruct, pope, programs, questions, tasks
 from vlmfast.data.scenes.latents import HELD_OUT, attributes, sample
 from vlmfast.data.scenes.render import render
 from vlmfast.data.scenes.shapes import SHAPES
 from vlmfast.errors import DataError
+from vlmfast.eval.predictions import read_references
 
 LEVELS = ("L1", "L2", "L3")
 APART = 123 / 1024
@@ -26,7 +29,7 @@ APART = 123 / 1024
 def asked(level, n, split="train", **options):
     """(scenes, first question of each as its truth) of n items."""
     data = tasks.dataset(level, split, "vqa", size=n, **options)
-    latents, items = data._read(range(n))
+    latents, items = data.read(range(n))
     every = [exchanges[0] for exchanges in items]
     truths = [each.truth() | {"question": each.question, "answer": each.answer} for each in every]
     return latents.scenes(), truths
@@ -213,7 +216,7 @@ def test_pixels_without_the_question_do_not_tell_the_answer(level):
     from sklearn.neighbors import KNeighborsClassifier
 
     data = tasks.dataset(level, "train", "vqa", size=2000)
-    latents, items = data._read(range(2000))
+    latents, items = data.read(range(2000))
     pixels = render(latents, 16).reshape(2000, -1).astype(np.float32)
     answers = np.array([exchanges[0].answer for exchanges in items])
     model = KNeighborsClassifier(25).fit(pixels[:1500], answers[:1500])
@@ -262,7 +265,7 @@ def test_the_item_shows_the_scene_it_asks_about():
 
 def test_several_questions_an_image():
     data = tasks.dataset("L2", "train", "vqa", size=400, questions_per_image=4)
-    latents, items = data._read(range(400))
+    latents, items = data.read(range(400))
     families = Counter()
     for scene, exchanges in zip(latents.scenes(), items, strict=True):
         assert len({each.question for each in exchanges}) == len(exchanges) == 4
@@ -349,7 +352,7 @@ def test_every_thing_has_a_distractor():
 @pytest.mark.parametrize("strategy", pope.STRATEGIES)
 def test_pope_sets_are_balanced_and_true(strategy):
     data = tasks.dataset("L3", "val", f"pope-{strategy}", size=600, cooc=True)
-    latents, items = data._read(range(600))
+    latents, items = data.read(range(600))
     truths = [exchanges[0] for exchanges in items]
     assert [each.answer for each in truths] == ["yes", "no"] * 300
     for scene, each in zip(latents.scenes(), truths, strict=True):
@@ -397,7 +400,7 @@ def test_a_prior_alone_is_tempted_by_adversarial_questions():
 @pytest.mark.parametrize("level", LEVELS)
 def test_instructions_hold_and_come_in_three_kinds(level):
     data = tasks.dataset(level, "train", "instruct", size=300)
-    latents, items = data._read(range(300))
+    latents, items = data.read(range(300))
     told = []
     for scene, exchanges in zip(latents.scenes(), items, strict=True):
         kinds = {each.truth()["kind"] for each in exchanges}
@@ -427,3 +430,59 @@ def test_a_summary_counts():
     assert found["repeats"] == pytest.approx(1 / 3)
     assert found["answer_words"] == {"0-9": 3, "10-19": 1}
     assert found["answer_entropy_bits"] == pytest.approx(1.5)
+
+
+# Files.
+
+
+def test_an_export_comes_back_as_llavas_json(tmp_path):
+    data = tasks.dataset("L2", "val", "vqa", size=20, questions_per_image=2)
+    written = scenes.export_task(tmp_path / "out", data)
+    assert {path.name for path in written if path.suffix != ".png"} == {"conversations.json", "references.jsonl"}
+    back = LlavaJson(tmp_path / "out" / "conversations.json", tmp_path / "out" / "images", (96, 96))
+    assert len(back) == 20
+    assert not back.skips.describe()
+    for ours, theirs in zip(data.__getitems__(range(20)), (back[k] for k in range(20)), strict=True):
+        assert same(ours, theirs)
+    truths = read_references(tmp_path / "out" / "references.jsonl")
+    for k in range(20):
+        truth = data.truth(k)
+        assert truths[f"vqa-{k}"].references == (truth["answer"],)
+        assert truths[f"vqa-{k}"].group == truth["family"]
+
+
+def test_pope_is_written_as_published(tmp_path, capsys):
+    flags = ["--format", "llava", "--task", "pope-adversarial", "--level", "L2", "--split", "val", "--size", "13"]
+    assert cli.main(["data", "export", "--out", str(tmp_path / "out"), *flags]) == 0
+    assert "13 conversations (pope-adversarial) about L2 in 6 files" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "out" / "pope.json").read_text().splitlines()]
+    data = tasks.dataset("L2", "val", "pope-adversarial", size=13)
+    for k, row in enumerate(rows):
+        truth = data.truth(k)
+        image = f"{truth['scene']}.png"
+        assert row == {"question_id": k + 1, "image": image, "text": truth["question"], "label": truth["answer"]}
+        assert (tmp_path / "out" / "images" / image).is_file()
+    assert len(rows) == 13
+    assert read_references(tmp_path / "out" / "pope.json")
+
+
+def test_the_export_of_instructions_tells_what_they_are_like(tmp_path, capsys):
+    flags = ["--format", "llava", "--task", "instruct", "--level", "L1", "--size", "15"]
+    assert cli.main(["data", "export", "--out", str(tmp_path / "out"), *flags]) == 0
+    out = capsys.readouterr().out
+    summary = json.loads(out[out.index("{") :])
+    assert sum(summary["kinds"].values()) == 15
+    assert 0 < summary["answer_entropy_bits"] <= summary["answer_entropy_most_bits"]
+    truths = read_references(tmp_path / "out" / "references.jsonl")
+    assert {truth.group for truth in truths.values()} <= set(instruct.KINDS)
+
+
+def test_export_refuses_flags_that_do_not_fit(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("VLMFAST_DEBUG", raising=False)
+    assert cli.main(["data", "export", "--out", str(tmp_path / "out"), "--task", "vqa"]) == 1
+    assert "add --format llava" in capsys.readouterr().err
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(DataError, match="is not empty"):
+        scenes.export_task(tmp_path, tasks.dataset(size=1))
+    with pytest.raises(DataError, match="image_type must be one of png, jpg; got 'gif'"):
+        scenes.export_task(tmp_path / "out", tasks.dataset(size=1), "gif")

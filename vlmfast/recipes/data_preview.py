@@ -18,7 +18,8 @@ class Config:
     """
 
     level: Level = "L2"
-    """L0: one object; L1: one or two, with sizes and places; L2: two to four, with textures, styles and relations."""
+    """L0: one object; L1: one or two, with sizes and places; L2: two to four, with textures, styles and relations;
+    L3: three to nine, with distractors; L3-cooc: L3 where some shapes come together."""
     n: int = 12
     """How many scenes."""
     split: SceneSplit = "train"

@@ -1,7 +1,7 @@
-"""Procedural scenes with captions: worlds whose truth is known, in three levels of difficulty (docs/data.md)."""
+"""Procedural scenes with captions: worlds whose truth is known, in four levels of difficulty (docs/data.md)."""
 
 from vlmfast.data.scenes.captions import GRANULARITIES, caption, caption_id, claims, references, swapped
-from vlmfast.data.scenes.files import export
+from vlmfast.data.scenes.files import export, export_task
 from vlmfast.data.scenes.latents import LEVELS, SPLITS, Object, Scene
 from vlmfast.data.scenes.samples import Scenes, dataset, preview, stream
 
@@ -17,6 +17,7 @@ __all__ = [
     "claims",
     "dataset",
     "export",
+    "export_task",
     "preview",
     "references",
     "stream",

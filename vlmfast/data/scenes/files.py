@@ -11,14 +11,16 @@ import tarfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from vlmfast.data.conversation import Conversation, write_llava
 from vlmfast.data.scenes.render import render
 from vlmfast.data.scenes.samples import Scenes, dataset, read
+from vlmfast.data.scenes.tasks import SceneTask
 from vlmfast.errors import DataError, missing_extra
 
 FORMATS = ("webdataset", "folder", "csv")
@@ -79,10 +81,7 @@ def export(
             f"scenes: export wants a format of {', '.join(FORMATS)}, an image_type of {', '.join(IMAGE_TYPES)} and a "
             f"shard_size of at least 1; got {format!r}, {image_type!r} and {shard_size}"
         )
-    root = Path(folder).absolute()
-    root.mkdir(parents=True, exist_ok=True)
-    if any(root.iterdir()):
-        raise DataError(f"scenes: {root} is not empty; export into a new folder")
+    root = _empty(folder)
     written: list[Path] = []
     rows: list[tuple[str, str, int]] = []
     for shard in range(-(-len(scenes) // shard_size)):
@@ -112,12 +111,79 @@ def export(
     return written
 
 
-def _records(scenes: Scenes, shard: int, shard_size: int, image_type: str) -> Iterator[_Record]:
-    """The records of one shard. As img2dataset's, a name has the shard's digits, then as many as a full shard needs."""
+def export_task(folder: str | os.PathLike[str], data: SceneTask, image_type: str = "png") -> list[Path]:
+    """The files written: conversations about scenes in LLaVA's format, for any tool that trains on it.
+
+    `images/` has each scene once. `conversations.json` is LLaVA's list. `references.jsonl` has a line for each item,
+    {"id", "reference", "group", "truth"}, as `vlmfast eval` reads it: all right answers to its first question, the
+    kind of question, and all that `data.truth` tells. POPE's sets also come as `pope.json`, a line a question, as POPE
+    publishes them.
+
+    Args:
+        folder: where to; made if it does not exist, and empty if it does.
+        data: what `tasks.dataset` gives.
+        image_type: "png" (exact) or "jpg" (quality 95).
+
+    Raises:
+        DataError: the folder is not empty, or there is no such image type.
+        MissingExtraError: Pillow is not installed.
+    """
+    if image_type not in IMAGE_TYPES:
+        raise DataError(f"scenes: image_type must be one of {', '.join(IMAGE_TYPES)}; got {image_type!r}")
+    root = _empty(folder)
+    (root / "images").mkdir()
+    conversations: list[Conversation] = []
+    references: list[dict[str, Any]] = []
+    questions: list[dict[str, Any]] = []
+    written: dict[str, Path] = {}
+    for first in range(0, len(data), CHUNK):
+        places = range(first, min(first + CHUNK, len(data)))
+        latents, items = data.read(places)
+        for place, pixels, exchanges, scene in zip(
+            places, render(latents, data.image_size), items, latents.index.tolist(), strict=True
+        ):
+            name = f"{scene}.{image_type}"
+            conversations.append(replace(data.conversation(place, exchanges, scene), images=(name,)))
+            truth = exchanges[0].truth()
+            right = truth.pop("references", [exchanges[0].answer])
+            group = truth.get("kind", truth.get("family", truth.get("granularity")))
+            group = data.name.removeprefix("pope-") if group == "pope" else group
+            line = {"id": conversations[-1].id, "reference": right, "group": group}
+            references.append(line | {"truth": truth | {"question": exchanges[0].question, "scene": scene}})
+            asked = {"text": exchanges[0].question, "label": exchanges[0].answer}
+            questions.append({"question_id": place + 1, "image": name} | asked)
+            if name not in written:
+                written[name] = _write(root / "images" / name, _encoded(pixels, image_type))
+    write_llava(root / "conversations.json", conversations)
+    lines = {"references.jsonl": references} | ({"pope.json": questions} if data.name.startswith("pope-") else {})
+    tables = [
+        _write(root / name, "".join(json.dumps(row) + "\n" for row in rows).encode()) for name, rows in lines.items()
+    ]
+    return [*written.values(), root / "conversations.json", *tables]
+
+
+def _empty(folder: str | os.PathLike[str]) -> Path:
+    """The folder, made if it does not exist."""
+    root = Path(folder).absolute()
+    root.mkdir(parents=True, exist_ok=True)
+    if any(root.iterdir()):
+        raise DataError(f"scenes: {root} is not empty; export into a new folder")
+    return root
+
+
+def _encoded(pixels: np.ndarray, image_type: str) -> bytes:
+    """The file of an image [3, H, W]."""
     try:
         from PIL import Image
     except ImportError:
         raise missing_extra("Pillow", "data") from None
+    encoded = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(encoded, **IMAGE_TYPES[image_type])
+    return encoded.getvalue()
+
+
+def _records(scenes: Scenes, shard: int, shard_size: int, image_type: str) -> Iterator[_Record]:
+    """The records of one shard. As img2dataset's, a name has the shard's digits, then as many as a full shard needs."""
     digits = len(str(shard_size - 1))
     first, last = shard * shard_size, min((shard + 1) * shard_size, len(scenes))
     for start in range(first, last, CHUNK):
@@ -125,9 +191,7 @@ def _records(scenes: Scenes, shard: int, shard_size: int, image_type: str) -> It
         for row, pixels in enumerate(render(latents, scenes.image_size)):
             scene = latents.scene(row)
             text, id = read(scene, scenes.granularity)
-            encoded = io.BytesIO()
-            image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-            image.save(encoded, **IMAGE_TYPES[image_type])
+            encoded = _encoded(pixels, image_type)
             name = f"{shard:05d}{scene.index - first:0{digits}d}"
             facts = {
                 "url": f"scenes:{scene.level}/{scene.split}/{scene.index}?seed={scene.seed}",
@@ -140,11 +204,11 @@ def _records(scenes: Scenes, shard: int, shard_size: int, image_type: str) -> It
                 "original_width": scenes.image_size,
                 "original_height": scenes.image_size,
                 "exif": "{}",
-                "sha256": hashlib.sha256(encoded.getvalue()).hexdigest(),
+                "sha256": hashlib.sha256(encoded).hexdigest(),
                 "id": id,
                 "scene": asdict(scene),
             }
-            yield _Record(name, encoded.getvalue(), text, facts)
+            yield _Record(name, encoded, text, facts)
 
 
 def _tar(path: Path, records: Iterator[_Record], image_type: str) -> Path:

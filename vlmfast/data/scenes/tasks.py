@@ -48,10 +48,13 @@ Read = Callable[[Sequence[int]], tuple[Latents, list[list[Exchange]]]]
 
 
 class SceneTask:
-    """Conversations about scenes, each made when it is asked for. `dataset` makes one."""
+    """Conversations about scenes, each made when it is asked for. `dataset` makes one.
+
+    `read(places)` gives their scenes, as Latents, and the exchanges about each.
+    """
 
     def __init__(self, name: str, size: int, image_size: int, read: Read) -> None:
-        self.name, self.size, self.image_size, self._read = name, size, image_size, read
+        self.name, self.size, self.image_size, self.read = name, size, image_size, read
 
     def __len__(self) -> int:
         return self.size
@@ -62,11 +65,11 @@ class SceneTask:
     def __getitems__(self, indices: Sequence[int]) -> list[VlmSample]:
         """The items at many places, several times faster than one by one."""
         places = [range(self.size)[index] for index in indices]
-        latents, items = self._read(places)
+        latents, items = self.read(places)
         images = torch.from_numpy(render(latents, self.image_size))
         rows = zip(places, items, latents.index.tolist(), images, strict=True)
         return [
-            VlmSample(self._conversation(place, exchanges, scene), image[None])
+            VlmSample(self.conversation(place, exchanges, scene), image[None])
             for place, exchanges, scene, image in rows
         ]
 
@@ -77,7 +80,7 @@ class SceneTask:
             index: the item.
             turn: which of its questions.
         """
-        latents, items = self._read([range(self.size)[index]])
+        latents, items = self.read([range(self.size)[index]])
         exchange = items[0][turn]
         about = {"task": self.name, "scene": int(latents.index[0]), "question": exchange.question}
         return about | {"answer": exchange.answer} | exchange.truth()
@@ -85,10 +88,11 @@ class SceneTask:
     def texts(self) -> Iterator[str]:
         """What is said in each item, without drawing it: what a tokenizer trains on."""
         for first in range(0, self.size, CHUNK):
-            for exchanges in self._read(range(first, min(first + CHUNK, self.size)))[1]:
+            for exchanges in self.read(range(first, min(first + CHUNK, self.size)))[1]:
                 yield "\n".join(text for each in exchanges for text in (each.question, each.answer))
 
-    def _conversation(self, place: int, exchanges: list[Exchange], scene: int) -> Conversation:
+    def conversation(self, place: int, exchanges: list[Exchange], scene: int) -> Conversation:
+        """The exchanges of item `place` as turns; its image is named after the scene's number."""
         turns = [turn for each in exchanges for turn in (Turn("user", each.question), Turn("assistant", each.answer))]
         turns[0] = Turn("user", f"{IMAGE_MARK}\n{turns[0].text}")
         return Conversation(f"{self.name}-{place}", (f"{scene}.png",), tuple(turns))
