@@ -236,6 +236,7 @@ def test_a_conversation_with_an_error_stops_before_the_run_begins(tmp_path, refu
         (["--vlm-task", "poetry"], "got 'poetry'"),
         (["--template", "v9"], "--template must be one of plain,"),
         (["--template", "chatml", "--vocab-size", "200"], "vocab-size 200"),
+        (["--template", "plain", "--vlm-task", "caption,vqa"], "caption,vqa would be answers to nothing"),
         (["--vision-tower", "CLIP-tiny"], "--vision-tower is for --task llava"),
         (["--model", "PatchLm-huge"], "PatchLm-tiny, PatchLm-small"),
         (["--train-parts", "lm"], "are for --task llava"),
