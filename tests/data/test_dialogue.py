@@ -256,6 +256,27 @@ def test_an_answer_stops_at_its_end_mark():
     assert set(stop_ids("plain", tokenizer)) == {tokenizer.eos_id, tokenizer.token_id("Ċ")}
 
 
+@pytest.mark.parametrize("name", VOCABULARIES)
+@pytest.mark.parametrize("template", ["v0", "plain"])
+def test_an_answer_stops_at_the_end_mark_that_was_learnt(name, template):
+    tokenizer = vocabulary(name)  # SentencePiece has one "###" for the front of a text and another behind a word
+    said = Conversation("1", (), (Turn("user", "say"), Turn("assistant", "a")))
+    assert int(supervise(said, template, tokenizer, P).ids[-1]) in stop_ids(template, tokenizer)
+
+
+def test_a_long_dialogue_is_cut_in_few_tries(monkeypatch):
+    rounds = 200
+    talk = Conversation("1", (), tuple(Turn(role, "red ball") for _ in range(rounds) for role in ("user", "assistant")))
+    tokenizer = vocabulary("byte-level BPE")
+    whole = supervise(talk, "v1", tokenizer, P)
+    encode, read = tokenizer.encode, []
+    monkeypatch.setattr(tokenizer, "encode", lambda text: read.append(text) or encode(text))
+    cut = supervise(talk, "v1", tokenizer, P, len(whole.ids) // 10)
+    assert 0.05 * rounds < cut.rounds < 0.11 * rounds
+    assert torch.equal(cut.ids, whole.ids[: len(cut.ids)])
+    assert len(read) <= 10  # the whole, 2 ** 8 > 200, and the cut
+
+
 class Talks:
     """Random dialogues, every image of one shade, some unreadable, some bad."""
 

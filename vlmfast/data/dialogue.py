@@ -6,6 +6,7 @@ of the end mark behind it. `<image>` becomes as many ids as an image has feature
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -248,21 +249,23 @@ def supervise(
     """
     template = template_for(template, tokenizer)
     _check(conversation, template, tokenizer, where, answered=True)
-    for rounds in range(_rounds(conversation), 0, -1):
-        part = _first_rounds(conversation, rounds)
-        ids, labels = _tokens(part, template, tokenizer, image_tokens)
-        if max_tokens is None or len(ids) <= max_tokens:
-            break
-    else:
-        raise UnreadableError(
-            "longer than max_tokens",
-            _name(conversation, where),
-            f"{len(ids)} tokens with the first answer; at most {max_tokens}",
-        )
+
+    def first(rounds: int) -> tuple[np.ndarray, np.ndarray]:
+        return _tokens(_first_rounds(conversation, rounds), template, tokenizer, image_tokens)
+
+    rounds = _rounds(conversation)
+    ids, labels = first(rounds)
+    if max_tokens is not None and len(ids) > max_tokens:
+        rounds = bisect.bisect_right(range(1, rounds), max_tokens, key=lambda some: len(first(some)[0]))
+        ids, labels = first(max(rounds, 1))
+        if not rounds:
+            told = f"{len(ids)} tokens with the first answer; at most {max_tokens}"
+            raise UnreadableError("longer than max_tokens", _name(conversation, where), told)
     labels[:1] = IGNORED  # nothing comes before it that could foretell it
     if (labels == IGNORED).all():
         raise UnreadableError("nothing to learn", _name(conversation, where), "its only token is the first")
-    return Dialogue(torch.from_numpy(ids), torch.from_numpy(labels), rounds, len(part.images))
+    images = len(_first_rounds(conversation, rounds).images)
+    return Dialogue(torch.from_numpy(ids), torch.from_numpy(labels), rounds, images)
 
 
 def prompt_ids(
@@ -315,7 +318,9 @@ def stop_ids(template: Template | str, tokenizer: LmTokenizer) -> tuple[int, ...
         ValueError: no such template.
     """
     template = template_for(template, tokenizer)
-    end = tokenizer.encode(template.end.replace(EOS, tokenizer.eos).strip(" ")).ids
+    # Behind a word: alone, a SentencePiece vocabulary would put a space before it.
+    found = tokenizer.encode("a" + template.end.replace(EOS, tokenizer.eos).strip(" "))
+    end = [id for id, (start, _) in zip(found.ids, found.offsets, strict=True) if start >= 1]
     return tuple(sorted({tokenizer.eos_id, *(end if len(end) == 1 else [])}))
 
 
