@@ -137,6 +137,17 @@ def test_bits_and_dtypes_survive(config, dtype, tmp_path):
     assert load_decoder(tmp_path / "a").head_weight.dtype == torch.float32
 
 
+@pytest.mark.parametrize("config", [LLAMA, TIED, SMALL_GPT2], ids=["llama", "qwen2", "gpt2"])
+def test_no_field_of_a_config_is_lost(config, transformers):
+    unusual = {"eps": 0.25, "activation": "quick_gelu", "mlp_width": 17, "tied": not config.tied}
+    unusual |= {"rope_theta": 77.0, "head_width": 10, "kv_heads": 2} if config.norm == "rms" else {}
+    config = DecoderConfig.from_dict({**config.to_dict(), **unusual})
+    content = config_to_hf(config)
+    assert config_from_hf(content, "ours") == config
+    theirs = transformers.AutoConfig.for_model(**content)
+    assert config_from_hf(json.loads(theirs.to_json_string(use_diff=False)), "theirs") == config
+
+
 @pytest.mark.parametrize(
     ("rope", "theta"),
     [
