@@ -190,8 +190,8 @@ def train(config: Config, world: World | None = None) -> Run:
     config = replace(config, vlm_task=config.vlm_task or ("caption" if template == "plain" else "caption,vqa"))
     if TEMPLATES[template].marks_only and config.dataset_type == "scenes" and config.vlm_task != "caption":
         raise DataError(
-            f"--template {template} leaves questions out, so {config.vlm_task} would be answers to nothing; use it with "
-            "--vlm-task caption"
+            f"--template {template} leaves questions out, so {config.vlm_task} would be answers to nothing; give "
+            "it --vlm-task caption"
         )
     step_size, micro_batch_size = step_sizes(config, config.batch_size)
     parts = _parts(config)

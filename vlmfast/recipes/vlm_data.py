@@ -253,6 +253,8 @@ def train_vocabulary(dataset: Any, template: str, vocab_size: int) -> LmTokenize
 
     try:
         return train_lm_tokenizer(texts(), vocab_size, special=special)
+    except DataError:  # of the data
+        raise
     except ValueError as error:
         raise DataError(f"--vocab-size {vocab_size}: {error}") from None
 
