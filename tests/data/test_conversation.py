@@ -67,7 +67,10 @@ MORE_BAD = [
     ("missing key", {"id": "bad", "conversations": [{"from": "human"}]}),
     ("missing key", {"id": "bad", "conversations": ["Hello"]}),
     ("value not a text", {"id": "bad", "image": [None], "conversations": GREET}),
+    ("value not a text", {"id": "bad", "image": "", "conversations": LOOK}),
     ("value not a text", {"id": "bad", "conversations": turns((None, "Hello"))}),
+    ("text not UTF-8", {"id": "bad", "image": "\ud83d.png", "conversations": LOOK}),
+    ("text not UTF-8", {"id": "bad", "image": "a\0.png", "conversations": LOOK}),
     ("text not UTF-8", {"id": "bad", "conversations": turns(("human", "Hello \ud83d"), ("gpt", "Yes"))}),
     ("turns out of order", {"id": "bad", "conversations": [*GREET, GREET[1]]}),
     ("turns out of order", {"id": "bad", "conversations": [*GREET, {"from": "system", "value": "Be brief."}]}),
@@ -174,7 +177,8 @@ def test_a_file_that_is_of_no_use_is_refused(tmp_path):
 
 
 def test_a_record_without_an_id_is_called_by_its_place(tmp_path):
-    assert read_llava(written(tmp_path, [{"conversations": GREET}]))[0].id == "data.json[0]"
+    unnamed = [{"conversations": GREET}, {"id": None, "conversations": GREET}]
+    assert [each.id for each in read_llava(written(tmp_path, unnamed))] == ["data.json[0]", "data.json[1]"]
 
 
 def test_nothing_bad_is_written(tmp_path):
@@ -235,6 +239,13 @@ def test_square_takes_the_middle_and_squash_all():
     PIL.Image.fromarray(pixels).save(file, "PNG")
     assert (load_vlm_image(file.getvalue(), (4, 4), aspect="square") == 255).all()
     assert load_vlm_image(file.getvalue(), (4, 4), aspect="squash").float().mean() < 200
+
+
+@pytest.mark.parametrize("aspect", ["pad", "square"])
+def test_a_thread_of_an_image_is_refused(aspect):
+    with pytest.raises(UnreadableError, match=r"thread\.png: too many pixels"):
+        load_vlm_image(png(1, 60_000), (336, 336), aspect=aspect, where="thread.png")
+    assert load_vlm_image(png(1, 1000), (336, 336), aspect=aspect).shape == (3, 336, 336)
 
 
 @pytest.fixture

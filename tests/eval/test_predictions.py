@@ -70,6 +70,11 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == ["preds.jsonl"]
 
 
+def test_the_folder_is_made(tmp_path):
+    write_predictions(tmp_path / "new" / "preds.jsonl", [Prediction(id="1", prediction="a")])
+    assert [each.id for each in read_predictions(tmp_path / "new" / "preds.jsonl")] == ["1"]
+
+
 def test_who_has_the_old_file_open_reads_it_to_its_end(tmp_path):
     path = tmp_path / "preds.jsonl"
     write_predictions(path, WHOLE)
@@ -88,12 +93,13 @@ def test_confidence_is_the_score_or_the_probability_of_what_was_said():
     ("rows", "expected"),
     [
         ([{"image_id": 42, "caption": "a dog"}], ("42", "a dog")),
+        ([{"image_id": 42, "id": 1, "caption": "a dog"}], ("42", "a dog")),  # as COCO's own tools write results again
         ([{"question_id": 262148000, "answer": "down"}], ("262148000", "down")),
         ([{"question_id": 7, "prompt": "What?", "text": "A dog.", "answer_id": "x", "model_id": "m"}], ("7", "A dog.")),
         ([{"question": "is there a bird in the image?", "answer": "yes"}], ("1", "yes")),
         ([{"id": "é", "prediction": "x", "reference": None, "probs": None, "score": None, "group": None}], ("é", "x")),
     ],
-    ids=["coco", "vqa", "llava", "pope", "ours"],
+    ids=["coco", "coco with ids", "vqa", "llava", "pope", "ours"],
 )
 @pytest.mark.parametrize("form", ["lines", "list", "pretty"])
 def test_other_peoples_files_are_read(file, rows, expected, form):
@@ -144,6 +150,13 @@ def test_popes_answers_are_counted_from_one(file):
 def test_a_bad_file_is_refused_with_its_line(file, text, message):
     with pytest.raises(DataError, match=message):
         read_predictions(file(text))
+
+
+def test_a_file_that_is_not_utf_8_is_named(tmp_path):
+    path = tmp_path / "preds.jsonl"
+    path.write_bytes(json.dumps({"id": 1, "prediction": "é"}, ensure_ascii=False).encode("latin-1"))
+    with pytest.raises(DataError, match=r"preds\.jsonl: is not UTF-8"):
+        read_predictions(path)
 
 
 def test_references_of_our_own_file(file):

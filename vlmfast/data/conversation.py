@@ -20,6 +20,7 @@ from vlmfast.errors import DataError
 
 IMAGE_MARK = "<image>"  # where an image stands in a user's turn
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of an image's channels, in 0 .. 1
+MOST_PIXELS = 2**28  # of an image on its way to a square
 
 Role = Literal["system", "user", "assistant"]
 Aspect = Literal["pad", "square", "squash"]
@@ -274,12 +275,18 @@ def load_vlm_image(
         [3, H, W] uint8.
 
     Raises:
-        UnreadableError: as `decode_image`.
+        UnreadableError: as `decode_image`, and "too many pixels" for an image so long and narrow that to make it square
+            would take gigabytes.
         ValueError: H and W differ or are below 1, or no such aspect.
         MissingExtraError: Pillow is not installed.
     """
     _check_fit(image_hw, aspect)
     image = decode_image(data, where)
+    long, short = max(image.size), min(image.size)
+    unpacked = {"pad": long**2, "square": image_hw[0] ** 2 * long // short, "squash": 0}[aspect]
+    if unpacked > MOST_PIXELS:
+        told = f"{image.width} x {image.height}, {unpacked} in between; at most {MOST_PIXELS}"
+        raise UnreadableError("too many pixels", where, told)
     if aspect == "pad":
         image = _padded(image, mean)
     image = fit_image(image, image_hw[0], "squash" if aspect == "squash" else "crop_floor")
@@ -335,8 +342,9 @@ def _conversation(record: Any, where: str) -> tuple[Conversation, bool]:
     """The conversation of a record, and whether an answer before its first question was left out."""
     if not isinstance(record, dict):
         raise UnreadableError("record not an object", where, f"got a {type(record).__name__}")
-    id = str(record.get("id", Path(where).name))
-    where = f"{where} sample {id!r}" if "id" in record else where
+    named = record.get("id") is not None
+    id = str(record["id"]) if named else Path(where).name
+    where = f"{where} sample {id!r}" if named else where
     images = record.get("image")
     images = [] if images is None else images if isinstance(images, list) else [images]
     turns = record.get("conversations")
@@ -355,8 +363,10 @@ def _conversation(record: Any, where: str) -> tuple[Conversation, bool]:
         if role not in _ROLES:
             raise UnreadableError("unknown role", where, f"turn {number} is from {role!r}; known: {list(_ROLES)}")
         said.append(Turn(_ROLES[role], text))
-    if not all(isinstance(name, str) for name in images):
+    if not all(isinstance(name, str) and name for name in images):
         raise UnreadableError("value not a text", where, '"image" must be a name or a list of names')
+    if not all(_is_utf8(name) and "\0" not in name for name in (id, *images)):
+        raise UnreadableError("text not UTF-8", where, "its id or the name of an image")
     first = int(bool(said) and said[0].role == "system")
     early = len(said) > first and said[first].role == "assistant"
     if early:

@@ -104,12 +104,13 @@ def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
     """Nothing; the file holds the predictions, one a line, and at no moment only a part of them.
 
     Args:
-        path: the file, which need not exist.
+        path: the file, which need not exist, nor its folder.
         predictions: may be made while they are written.
     Raises:
         DataError: two have one id.
     """
     partial, seen = path.with_name(f".{path.name}.{os.getpid()}.partial"), set()
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with partial.open("w", encoding="utf-8") as file:
             for each in predictions:
@@ -138,8 +139,8 @@ def read_references(path: Path) -> dict[str, Truth]:
     """
     found: dict[str, Truth] = {}
     for place, row in _rows(path):
-        caption = "image_id" in row and "caption" in row
-        id = str(row["image_id"]) if caption else _id(place, row)  # a caption's own "id" is another
+        caption = _is_caption(row)
+        id = _id(place, row)
         key = "caption" if caption else next((key for key in TRUTHS if row.get(key) is not None), None)
         if key is None:
             raise DataError(f"{place}: has none of {', '.join(TRUTHS)}")
@@ -215,7 +216,10 @@ def group_means(scores: Sequence[float], groups: Sequence[str | None]) -> GroupM
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where it stands, the object) of a file of objects, one a line or in a list."""
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8: {error}") from None
     try:
         whole = json.loads(text, parse_constant=_no_number)
     except ValueError as error:
@@ -256,10 +260,16 @@ def _object(place: str, row: Any) -> dict[str, Any]:
 
 
 def _id(place: str, row: Mapping[str, Any]) -> str:
-    id = next((row[key] for key in IDS if key in row), None)
+    keys = ("image_id",) if _is_caption(row) else IDS  # a caption's own "id" is another
+    id = next((row[key] for key in keys if key in row), None)
     if isinstance(id, bool) or not isinstance(id, int | str):
         raise DataError(f"{place}: needs an id ({', '.join(IDS)}), text or a whole number; got {id!r}")
     return str(id)
+
+
+def _is_caption(row: Mapping[str, Any]) -> bool:
+    """Whether it is COCO's, as a reference or as a result."""
+    return "image_id" in row and "caption" in row and "prediction" not in row
 
 
 def _text(place: str, row: Mapping[str, Any], keys: Sequence[str]) -> str:
