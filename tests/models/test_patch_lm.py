@@ -148,6 +148,19 @@ def test_float_images_are_taken_as_normalised(stem):
         model.encode_image(normalised[:, :, :, :8])
 
 
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+def test_weights_of_any_precision_take_any_pixels(stem):
+    image = batch()[1]
+    normalised = (image / 255 - torch.tensor(CONFIG.image_mean).view(3, 1, 1)) / 0.5
+    exact = lively(replace(CONFIG, stem=stem)).double().encode_image(image)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        model = lively(replace(CONFIG, stem=stem)).to(dtype)
+        for pixels in (image, normalised):
+            features = model.encode_image(pixels)
+            assert features.dtype == dtype
+            assert (features - exact).norm() < 0.02 * exact.norm()
+
+
 @pytest.mark.parametrize("patch_size", [2, 8, 16])
 @pytest.mark.parametrize("stem", ["patch", "conv"])
 def test_both_stems_make_one_grid(stem, patch_size):

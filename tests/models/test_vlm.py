@@ -231,6 +231,14 @@ def test_other_refusals():
         vlm.generate([ids, ids], [image[:1], image[:0]], max_new_tokens=1)
     with pytest.raises(ShapeError, match="2 prompts and the images of 1"):
         vlm.score([ids, ids], [image[:1]], [[ids]])
+    with pytest.raises(
+        ShapeError, match=r"prompts\[0\] must be \[T\] and images\[0\] .*; got \(1, 7\) and \(1, 3, 8, 8\)"
+    ):
+        vlm.generate([ids[None]], [image[:1]], max_new_tokens=1)
+    with pytest.raises(ShapeError, match=r"images\[1\] \[n, 3, H, W\]; got \(7,\) and \(3, 8, 8\)"):
+        vlm.generate([ids, ids], [image[:1], image[1]], max_new_tokens=1)
+    with pytest.raises(DTypeError, match="all be uint8 in .*, or all floating"):
+        vlm.generate([ids, ids], [image[:1], image[1:] / 255], max_new_tokens=1)
     with pytest.raises(ShapeError, match="image_token_id must be in the decoder's vocabulary of 40; got 40"):
         model(image_token_id=V)
     with pytest.raises(ValueError, match="aspect must be one of pad, square, squash"):

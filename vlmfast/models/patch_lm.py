@@ -166,8 +166,8 @@ class ConvStem(nn.Module):
     def forward(self, image: Tensor, positions: Tensor) -> Tensor:
         if not image.is_floating_point():
             mean, std = (torch.tensor(x, device=image.device).view(3, 1, 1) for x in (self.mean, self.std))
-            image = (image.to(positions.dtype) / 255 - mean) / std
-        return self.convs(image).flatten(2).transpose(1, 2) + positions
+            image = (image / 255 - mean) / std
+        return self.convs(image.to(positions.dtype)).flatten(2).transpose(1, 2) + positions
 
 
 def _start(conv: nn.Module, std: float) -> None:

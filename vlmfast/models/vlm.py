@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -171,8 +172,11 @@ class Vlm(nn.Module):
 
     def _features(self, image: Tensor) -> Tensor:
         """[N, P, C]; of no image, zeros that hang on every trainable parameter which images go through."""
+        encode_image = partial(type(self).encode_image, self)  # without the hooks of FSDP2, which run already
         if len(image):
-            return self.encode_image(image)
+            return encode_image(image)
+        if hasattr(self, "unshard"):  # FSDP2: a rank without images gathers the tower's parameters as the others do
+            return encode_image(image.new_zeros(1, 3, *self.image_hw))[:0]
         used = [p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("decoder.")]
         nothing = sum((p.sum() for p in used), torch.zeros((), device=image.device))
         return nothing.expand(0, self.image_tokens, self.decoder.config.width)
@@ -192,7 +196,9 @@ class Vlm(nn.Module):
             options: of `vlmfast.models.generate.generate`; max_new_tokens is needed. The image token is never written
                 unless `suppress` says otherwise.
         Raises:
-            ShapeError: prompts and images differ in number, or a prompt has other than n_b * P image tokens.
+            ShapeError: prompts and images differ in number or are no [T] and [n, 3, H, W], or a prompt has other than
+                n_b * P image tokens.
+            DTypeError: some images are uint8 and others floating.
         """
         options = {"suppress": (self.image_token_id,), **options}
         return generate(self.decoder, self._prompts(prompts, images), prefix=self.prefix_lm, **options)
@@ -207,21 +213,27 @@ class Vlm(nn.Module):
             prompts, images: as for `generate`.
             continuations: B times the candidates, each [n] int64.
         Raises:
-            ShapeError: as for `generate`.
+            ShapeError, DTypeError: as for `generate`.
         """
         return score(self.decoder, self._prompts(prompts, images), continuations, prefix=self.prefix_lm)
 
     def _prompts(self, prompts: Sequence[Tensor], images: Sequence[Tensor]) -> list[Tensor]:
         """Each prompt's embeddings [T_b, C]; all images go through the tower together."""
         if len(prompts) != len(images) or not len(prompts):
-            raise ShapeError(
-                f"generate: {len(prompts)} prompts and the images of {len(images)}; give each prompt its own"
-            )
+            raise ShapeError(f"Vlm: {len(prompts)} prompts and the images of {len(images)}; give each prompt its own")
         for b, (ids, image) in enumerate(zip(prompts, images, strict=True)):
+            if ids.dim() != 1 or image.dim() != 4:
+                raise ShapeError(
+                    f"Vlm: prompts[{b}] must be [T] and images[{b}] [n, 3, H, W]; got {tuple(ids.shape)} and "
+                    f"{tuple(image.shape)}"
+                )
             found = int((ids == self.image_token_id).sum())
             if found != len(image) * self.image_tokens:
                 raise ShapeError(self._misfit(f"prompts[{b}]", found, len(image)))
-        image = torch.cat([image for image in images if len(image)] or [images[0]])
+        shown = [image for image in images if len(image)] or [images[0]]
+        if len({image.is_floating_point() for image in shown}) > 1:
+            raise DTypeError("Vlm: images must all be uint8 in 0..255, or all floating and normalised; got both")
+        image = torch.cat(shown)
         return list(self.embed(torch.cat(list(prompts)), image).split([len(ids) for ids in prompts]))
 
     def _misfit(self, what: str, found: int, images: int) -> str:
@@ -280,8 +292,8 @@ class Vlm(nn.Module):
                 )
             if prefix is not None and name == "prefix":
                 raise ShapeError(
-                    f"Vlm: the prefix of sequence {first}, {int(prefix[first])} of its {int(end[first] - start[first])} "
-                    "tokens, must end before the first supervised one, which would see itself"
+                    f"Vlm: the prefix of sequence {first}, {int(prefix[first])} of its "
+                    f"{int(end[first] - start[first])} tokens, must end before the first supervised one, which would see itself"
                 )
             raise ShapeError(self._misfit("Vlm", images, len(image)))
         return shifted, count
