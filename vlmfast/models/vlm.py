@@ -293,7 +293,8 @@ class Vlm(nn.Module):
             if prefix is not None and name == "prefix":
                 raise ShapeError(
                     f"Vlm: the prefix of sequence {first}, {int(prefix[first])} of its "
-                    f"{int(end[first] - start[first])} tokens, must end before the first supervised one, which would see itself"
+                    f"{int(end[first] - start[first])} tokens, must end before the first supervised one, which would "
+                    "see itself"
                 )
             raise ShapeError(self._misfit("Vlm", images, len(image)))
         return shifted, count
