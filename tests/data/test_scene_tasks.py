@@ -5,7 +5,9 @@
 
 import itertools
 import json
+import time
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -364,6 +366,20 @@ def test_pope_sets_are_balanced_and_true(strategy):
         assert len({each.question for each in truths[k : k + 6]}) == 6
         assert len(set(latents.index[k : k + 6].tolist())) == 1
     assert len(set(latents.index.tolist())) == 100
+
+
+def test_pope_sets_are_read_from_several_threads(monkeypatch):
+    def slow(*arguments):
+        for each in pope.pope(*arguments):
+            time.sleep(0.001)  # in which another thread asks
+            yield each
+
+    places = range(0, 120, 6)
+    alone = [tasks.dataset("L2", "train", "pope-random", 120).truth(place)["scene"] for place in places]
+    monkeypatch.setattr(tasks, "pope", slow)
+    data = tasks.dataset("L2", "train", "pope-random", 120)
+    with ThreadPoolExecutor(4) as pool:
+        assert [about["scene"] for about in pool.map(data.truth, places)] == alone
 
 
 def test_negatives_are_what_their_names_say():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -262,10 +263,12 @@ def _instructed(turn: Instruction) -> dict[str, Any]:
 def _pope(level: str, split: str, seed: int, strategy: str) -> Read:
     coming = pope(level, split, strategy, seed)
     images: list[tuple[int, list[Question]]] = []  # as far as they were asked for
+    lock = threading.Lock()  # `batches` reads from several threads
 
     def read(places: Sequence[int]) -> tuple[Latents, list[list[Exchange]]]:
-        while len(images) <= max(places) // PER_IMAGE:
-            images.append(next(coming))
+        with lock:
+            while len(images) <= max(places) // PER_IMAGE:
+                images.append(next(coming))
         of = [images[place // PER_IMAGE] for place in places]
         items = [[_exchange(asked[place % PER_IMAGE])] for place, (_, asked) in zip(places, of, strict=True)]
         return sample(level, split, [index for index, _ in of], seed), items
