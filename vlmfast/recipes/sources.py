@@ -29,7 +29,7 @@ from vlmfast.models import ClipConfig
 
 DatasetType = Literal["digits", "scenes", "synthetic", "folder", "csv", "webdataset"]
 Split = Literal["train", "val", "test"]
-Level = Literal["L0", "L1", "L2"]
+Level = Literal["L0", "L1", "L2", "L3", "L3-cooc"]
 SceneSplit = Literal["train", "val", "test", "comp-test", "style-test"]
 Granularity = Literal["word", "phrase", "sentence", "multi-sentence", "paragraph", "mixed"]
 
