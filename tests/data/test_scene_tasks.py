@@ -172,7 +172,7 @@ def test_answers_are_uniform_within_each_predicate(level):
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_question_alone_does_not_tell_the_answer(level):
-    """Words and pairs of words, logistic regression. Family by family with more items: `-m slow`."""
+    """Words and pairs of words, logistic regression. Family by family with more items: `-m long`."""
     n = 2500
     train, test = (asked(level, n, split)[1] for split in ("train", "test"))
     scores, priors = [], []
@@ -186,7 +186,7 @@ def test_the_question_alone_does_not_tell_the_answer(level):
     assert sum(scores) <= sum(priors) + 0.03 * n
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("level", LEVELS)
 def test_no_family_is_told_by_its_questions_alone(level):
     for family in questions.predicates(level):
