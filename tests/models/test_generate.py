@@ -158,6 +158,22 @@ def test_a_prefix_sees_itself_and_the_answer_does_not(decoder):
     assert [a.tokens.tolist() for a in answers] != [b.tokens.tolist() for b in causal]
 
 
+def test_a_prefix_may_be_the_first_tokens_of_a_prompt(decoder):
+    seen = [len(ids) // 2 for ids in MIXED]
+    answers = generate(decoder, MIXED, max_new_tokens=8, prefix=seen)
+    for ids, length, answer in zip(MIXED, seen, answers, strict=True):
+        (score_of_it,) = score(decoder, [ids], [[answer.tokens]], prefix=[length])
+        torch.testing.assert_close(score_of_it[0], answer.log_probs.sum(), atol=1e-4, rtol=0)
+        with torch.no_grad():
+            x = decoder.embed(torch.cat([ids, answer.tokens]))[None]
+            likely = decoder.logits(decoder(x, prefix=torch.tensor([length]))[0, len(ids) - 1 : -1]).log_softmax(-1)
+        assert likely.argmax(-1).tolist() == answer.tokens.tolist()
+        torch.testing.assert_close(likely.amax(-1), answer.log_probs, atol=1e-5, rtol=0)
+    whole = generate(decoder, MIXED, max_new_tokens=8, prefix=True)
+    same(generate(decoder, MIXED, max_new_tokens=8, prefix=[len(ids) for ids in MIXED]), whole, 0)
+    assert [a.tokens.tolist() for a in answers] != [b.tokens.tolist() for b in whole]
+
+
 def test_embeddings_are_prompts_too(decoder):
     mixed = [each if i % 2 else decoder.embed(each) for i, each in enumerate(MIXED)]
     same(generate(decoder, mixed, max_new_tokens=5), generate(decoder, MIXED, max_new_tokens=5), 0)
@@ -296,6 +312,10 @@ def test_a_prompt_longer_than_the_context_is_named(decoder):
         (ValueError, "give a temperature above 0", {"top_k": 5}),
         (ShapeError, "one for each of 1 prompts; got 2", {"temperature": 1.0, "seed": [1, 2]}),
         (ShapeError, "at least one prompt", {"prompts": []}),
+        (ShapeError, r"prefix must be a number of each .* \[7\]; got \[8\]", {"prefix": [8]}),
+        (ShapeError, r"prefix must be a number of each .* \[7\]; got \[2, 3\]", {"prefix": [2, 3]}),
+        (ValueError, r"suppress must be some ids in \[0, ", {"suppress": [CONFIGS["llama"].vocab_size]}),
+        (ValueError, "and leave at least one", {"suppress": range(CONFIGS["llama"].vocab_size)}),
         (ShapeError, r"prompt 0 must be \[T\] ids or \[T, C\], T >= 1; got \(0,\)", {"prompts": [prompt(0, 0)]}),
         (ShapeError, r"prompt 0 must be .*; got \(2, 3\)", {"prompts": [torch.zeros(2, 3, dtype=torch.int64)]}),
         (ShapeError, "the cache has 2 rows and there are 1 prompts", {"cache": KvCache(CONFIGS["llama"], 2, 4)}),
@@ -319,3 +339,5 @@ def test_continuations_that_are_refused(decoder):
         score(decoder, MIXED[:2], [[prompt(0)]])
     with pytest.raises(ShapeError, match=r"a continuation of prompt 1 must be \[n\] with n >= 1; got \(0,\)"):
         score(decoder, MIXED[:2], [[prompt(0)], [prompt(0, 0)]])
+    with pytest.raises(ValueError, match="ids of continuations must be at least 0; got -100"):
+        score(decoder, MIXED[:1], [[torch.tensor([3, -100])]])

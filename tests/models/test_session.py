@@ -104,6 +104,27 @@ def test_three_turns_have_the_logits_of_fresh_ones(prefix_lm, monkeypatch):
     assert len(ends) == 2, "an answer that ended, and one that was cut"
 
 
+def test_a_prefix_lm_goes_on_as_it_was_trained():
+    model = Looks(True)
+    session, images = Session(model), picture(0)[None]
+    ids = says(3, "image", 6)
+    prefix, reused = len(ids), 0
+    for turn in range(3):
+        answer = session.ask(ids, images, prefix=prefix, max_new_tokens=4)
+        assert session.tokens_reused == reused
+        equal(answer, model.generate([ids], [images], prefix=[prefix], max_new_tokens=4)[0])
+        (score,) = model.score([ids], [images], [[answer.tokens]], prefix=[prefix])
+        whole, wanted = torch.cat([ids, answer.tokens]), torch.cat([torch.full_like(ids, -100), answer.tokens])
+        ends = torch.tensor([0, len(whole)], dtype=torch.int32)
+        trained = model(whole, images, wanted, ends, prefix=torch.tensor([prefix]), reduction="sum")
+        torch.testing.assert_close(score[0], -trained, atol=1e-4, rtol=0)
+        torch.testing.assert_close(answer.log_probs.sum(), -trained, atol=1e-4, rtol=0)
+        ids, reused = torch.cat([whole, says(5 + turn)]), len(whole) - 1  # the answer's last token was not read
+    other = session.ask(ids, images, max_new_tokens=4)
+    assert session.tokens_reused == 0, "all of it is the prefix now"
+    equal(other, model.generate([ids], [images], max_new_tokens=4)[0])
+
+
 def test_only_the_rest_is_computed(monkeypatch):
     model, lengths = Looks(), []
     session, forward = Session(model), model.decoder.forward

@@ -40,7 +40,7 @@ def generate(
     beams: int = 1,
     length_penalty: float = 1.0,
     early_stopping: bool | Literal["never"] = False,
-    prefix: bool = False,
+    prefix: bool | Sequence[int] = False,
     seed: int | Sequence[int] = 0,
     suppress: Sequence[int] = (),
     on_token: Callable[[int, int], object] | None = None,
@@ -71,7 +71,8 @@ def generate(
         length_penalty: a finished beam's score is the sum of its log-probs / number of tokens ** length_penalty.
         early_stopping: True ends a prompt when `beams` hypotheses have ended, False when none that runs scores higher
             at its present length, "never" at the length that is best for it.
-        prefix: the tokens of a prompt see each other, as a prefix-LM was trained.
+        prefix: the tokens of a prompt see each other, as a prefix-LM was trained; or how many of its first ones do, a
+            number a prompt: those before the first answer, where a conversation has one.
         seed: of the draws: row b's are seed + b's alone, whatever stands beside it; or one seed a row.
         suppress: ids that are never written.
         on_token: called with a row and an id for each token as it is chosen; with beams at the end, row by row.
@@ -79,15 +80,18 @@ def generate(
             the prompts and, as long as no row had ended, the tokens. With beams it keeps the prompts.
     Returns: a Generation a prompt, in their order.
     Raises:
-        ShapeError: there is no prompt; a prompt is empty, not ids or [T, C], or longer than the context; the cache or
-            seed has another number of rows.
+        ShapeError: there is no prompt; a prompt is empty, not ids or [T, C], or longer than the context; the cache,
+            seed or prefix has another number of rows, or a prefix is longer than its prompt.
         ValueError: an option is out of its range; beams with a temperature; prefix with a cache that holds tokens.
     Source: beams as in transformers 5 (Apache-2.0), each prompt ending by itself; top_p is Holtzman et al. 2020.
     """
     _check_options(max_new_tokens, temperature, top_k, top_p, beams, early_stopping)
+    V = decoder.config.vocab_size
+    if not all(0 <= token < V for token in suppress) or len(set(suppress)) == V:
+        raise ValueError(f"generate: suppress must be some ids in [0, {V}), and leave at least one; got {suppress!r}")
     borrowed = cache is not None
     hidden, cache, room = _prefill("generate", decoder, prompts, max_new_tokens, prefix, cache)
-    barred = torch.tensor(list(suppress), dtype=torch.int64, device=hidden.device)
+    barred = torch.tensor(sorted(set(suppress)), dtype=torch.int64, device=hidden.device)
     if beams > 1:
         done = _search(decoder, hidden, cache, room, set(eos), barred, beams, length_penalty, early_stopping)
         if on_token:
@@ -113,7 +117,7 @@ def score(
     prompts: Sequence[Tensor],  # each [T_b] int64 or [T_b, C]
     continuations: Sequence[Sequence[Tensor]],  # each [n] int64
     *,
-    prefix: bool = False,
+    prefix: bool | Sequence[int] = False,
     at_once: int = 256,
 ) -> list[Tensor]:
     """How likely the decoder finds each of a prompt's continuations: the sums of their tokens' log-probs, in nats.
@@ -129,12 +133,13 @@ def score(
         prompts: B of them, at least one token each: ids, or embeddings.
         continuations: for each prompt the candidates, at least one token each; with the token that ends a text, if its
             end is to count.
-        prefix: the tokens of a prompt see each other, as a prefix-LM was trained.
+        prefix: as for `generate`.
         at_once: candidates in one forward. Each holds a copy of its prompt's keys and values.
     Returns: for each prompt [number of its continuations] float32.
     Raises:
         ShapeError: there is no prompt; a prompt is empty, not ids or [T, C]; another number of lists of continuations;
-            a continuation is empty, or too long for the context after its prompt.
+            a prefix that does not fit; a continuation is empty, or too long for the context after its prompt.
+        ValueError: an id of a continuation is not in the vocabulary.
     """
     if len(continuations) != len(prompts):
         raise ShapeError(f"score: {len(prompts)} prompts need as many lists of continuations; got {len(continuations)}")
@@ -167,15 +172,23 @@ def _scored(decoder: Decoder, hidden: Tensor, cache: KvCache, candidates: list[t
     more = places[lengths > 1]
     if len(more):
         heads = [each[:-1] for each in ids if len(each) > 1]
-        foretelling.append(_packed(decoder, [decoder.embed(each) for each in heads], cache.select(rows[more]), False))
+        foretelling.append(_packed(decoder, [decoder.embed(each) for each in heads], cache.select(rows[more]), None))
         labels += [each[1:] for each in ids]
         owners.append(places.repeat_interleave(lengths - 1))
-    losses = decoder.loss(torch.cat(foretelling), torch.cat(labels), reduction="none")
+    wanted = torch.cat(labels)
+    if int(wanted.min()) < 0:  # -100 would count as certain
+        raise ValueError(f"score: ids of continuations must be at least 0; got {int(wanted.min())}")
+    losses = decoder.loss(torch.cat(foretelling), wanted, reduction="none")
     return torch.zeros(len(ids), device=device).index_add_(0, torch.cat(owners), -losses.float())
 
 
 def _prefill(
-    op: str, decoder: Decoder, prompts: Sequence[Tensor], more: int, prefix: bool, cache: KvCache | None
+    op: str,
+    decoder: Decoder,
+    prompts: Sequence[Tensor],
+    more: int,
+    prefix: bool | Sequence[int],
+    cache: KvCache | None,
 ) -> tuple[Tensor, KvCache, list[int]]:
     """The hidden states [B, C] of the prompts' last tokens, the cache that holds them, and each row's room for more."""
     config, B = decoder.config, len(prompts)
@@ -184,7 +197,7 @@ def _prefill(
     if cache is not None and len(cache.lengths) != B:
         raise ShapeError(f"{op}: the cache has {len(cache.lengths)} rows and there are {B} prompts; it needs one each")
     held = [0] * B if cache is None else cache.lengths.tolist()
-    if prefix and any(held):
+    if prefix is not False and any(held):
         raise ValueError(f"{op}: the tokens of a prefix see each other: none of them can lie in the cache already")
     room = []
     for row, (prompt, before) in enumerate(zip(prompts, held, strict=True)):
@@ -197,14 +210,22 @@ def _prefill(
                 f"the prompt (fewer turns or images), or take a decoder with a longer context_length"
             )
         room.append(min(more, config.context_length - total + 1))  # the last token need not be read
+    lengths = [len(prompt) for prompt in prompts]
+    seen = lengths if prefix is True else list(prefix) if prefix is not False else None
+    if seen is not None and (len(seen) != B or any(not 0 <= a <= b for a, b in zip(seen, lengths, strict=True))):
+        raise ShapeError(
+            f"{op}: prefix must be a number of each prompt's first tokens, of which there are {lengths}; got {seen}"
+        )
     x = [each if each.is_floating_point() else decoder.embed(each) for each in prompts]
     if cache is None:
         capacity = max(len(each) + left - 1 for each, left in zip(x, room, strict=True))
         cache = KvCache(config, B, capacity, device=x[0].device, dtype=x[0].dtype)
-    return _packed(decoder, x, cache, prefix, only_last=True), cache, room
+    return _packed(decoder, x, cache, seen, only_last=True), cache, room
 
 
-def _packed(decoder: Decoder, x: list[Tensor], cache: KvCache, prefix: bool, *, only_last: bool = False) -> Tensor:
+def _packed(
+    decoder: Decoder, x: list[Tensor], cache: KvCache, prefix: list[int] | None, *, only_last: bool = False
+) -> Tensor:
     """The hidden states [tokens, C] of sequences [T_b, C] after what the cache's rows hold; or of their last tokens."""
     device = x[0].device
     lengths = torch.tensor([len(each) for each in x])
@@ -214,7 +235,7 @@ def _packed(decoder: Decoder, x: list[Tensor], cache: KvCache, prefix: bool, *, 
         cu_seqlens=F.pad(ends, (1, 0)).int().to(device),
         max_seqlen=int(lengths.max()),
         cache=cache,
-        prefix=lengths.to(device) if prefix else None,
+        prefix=None if prefix is None else torch.tensor(prefix, device=device),
         rows=(ends - 1).to(device) if only_last else None,
     )
 

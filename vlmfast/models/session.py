@@ -36,28 +36,35 @@ class Session:
         self._features: dict[str, Tensor] = {}  # hash of an image -> [P, C], the last used last
         self._stream: list[int | str] = []  # what the cache holds: ids, and an image's hash for each of its tokens
         self._cache: KvCache | None = None
+        self._prefix = 0  # tokens of it that saw each other
 
     @torch.no_grad()
     def ask(
         self,
         ids: Tensor,  # [T]
         images: Tensor,  # [N, 3, H, W]
+        *,
+        prefix: int | None = None,
         **options: Any,
     ) -> Generation:
         """What the model answers to a conversation.
 
         Equals, to rounding, and without image tokens in the answer:
-            model.generate([ids], [images], **options)[0]
+            model.generate([ids], [images], prefix=[prefix], **options)[0]
 
-        `tokens_reused` says afterwards of how many tokens nothing was computed: none of a prefix-LM's, whose first
-        tokens see the last ones. An `ask` that was interrupted, by `on_token` say, leaves the session as good as new.
+        `tokens_reused` says afterwards of how many tokens nothing was computed: none of a prefix-LM's without `prefix`,
+        as its first tokens see the last ones then. An `ask` that was interrupted, by `on_token` say, leaves the session
+        as good as new.
 
         Args:
             ids: [T] int64 on the model's device, the whole conversation up to the answer, P image tokens an image.
             images: [N, 3, H, W], all images of the conversation in their order, see `Vlm.encode_image`; N may be 0.
+            prefix: how many first tokens see each other in a prefix-LM, as it was trained: those before the
+                conversation's first answer; None: all. A causal model takes no notice.
             options: of `vlmfast.models.generate.generate`, `on_token` among them; max_new_tokens is needed.
         Raises:
-            ShapeError: ids has other than N * P image tokens, is empty, or is longer than the context.
+            ShapeError: ids has other than N * P image tokens, is empty, or is longer than the context; prefix is longer
+                than ids.
         """
         model, hashes = self.model, [_content(image) for image in images]
         x = model.splice(ids, self._encoded(images, hashes))
@@ -66,7 +73,12 @@ class Session:
         for i, place in enumerate(at_image):
             stream[place] = hashes[i // model.image_tokens]
         # The last token is computed in any case: it foretells the answer.
-        reused = 0 if model.prefix_lm else _common(self._stream, stream[:-1])
+        reused = _common(self._stream, stream[:-1])
+        if model.prefix_lm:
+            seen = len(stream) if prefix is None else prefix
+            reused = reused if self._prefix == seen <= reused else 0
+            self._prefix = seen
+            options["prefix"] = False if reused else [seen]
         if self._cache is None:
             config = model.decoder.config
             capacity = min(2 * len(x) + 1, config.context_length)
@@ -74,7 +86,7 @@ class Session:
         self._cache.truncate(reused)
         self._stream, self.tokens_reused = stream[:reused], reused
         barred = (model.image_token_id, *options.pop("suppress", ()))
-        options |= {"prefix": model.prefix_lm, "cache": self._cache, "suppress": barred}
+        options |= {"cache": self._cache, "suppress": barred}
         (answer,) = generate(model.decoder, [x[reused:]], **options)
         self._stream = (stream + answer.tokens.tolist())[: int(self._cache.lengths[0])]
         return answer

@@ -187,12 +187,21 @@ class Vlm(nn.Module):
         return x.index_copy(0, places, features.flatten(0, 1).to(x.dtype))
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Tensor], images: Sequence[Tensor], **options: Any) -> list[Generation]:
+    def generate(
+        self,
+        prompts: Sequence[Tensor],
+        images: Sequence[Tensor],
+        *,
+        prefix: Sequence[int] | None = None,
+        **options: Any,
+    ) -> list[Generation]:
         """What the model goes on with, prompt by prompt.
 
         Args:
             prompts: B times [T_b] int64, with P image tokens an image; of any lengths.
             images: B times [n_b, 3, H, W], the images of each prompt, see `encode_image`; n_b may be 0.
+            prefix: how many first tokens of each prompt see each other in a prefix-LM, as it was trained: those before
+                the conversation's first answer; None: all. A causal model takes no notice.
             options: of `vlmfast.models.generate.generate`; max_new_tokens is needed. The image token is never written
                 unless `suppress` says otherwise.
         Raises:
@@ -201,21 +210,29 @@ class Vlm(nn.Module):
             DTypeError: some images are uint8 and others floating.
         """
         options = {"suppress": (self.image_token_id,), **options}
-        return generate(self.decoder, self._prompts(prompts, images), prefix=self.prefix_lm, **options)
+        return generate(self.decoder, self._prompts(prompts, images), prefix=self._seen(prefix), **options)
 
     @torch.no_grad()
     def score(
-        self, prompts: Sequence[Tensor], images: Sequence[Tensor], continuations: Sequence[Sequence[Tensor]]
+        self,
+        prompts: Sequence[Tensor],
+        images: Sequence[Tensor],
+        continuations: Sequence[Sequence[Tensor]],
+        *,
+        prefix: Sequence[int] | None = None,
     ) -> list[Tensor]:
         """How likely each continuation of each prompt is: B times a summed log-probability each, in nats.
 
         Args:
-            prompts, images: as for `generate`.
+            prompts, images, prefix: as for `generate`.
             continuations: B times the candidates, each [n] int64.
         Raises:
             ShapeError, DTypeError: as for `generate`.
         """
-        return score(self.decoder, self._prompts(prompts, images), continuations, prefix=self.prefix_lm)
+        return score(self.decoder, self._prompts(prompts, images), continuations, prefix=self._seen(prefix))
+
+    def _seen(self, prefix: Sequence[int] | None) -> bool | Sequence[int]:
+        return self.prefix_lm and (True if prefix is None else prefix)
 
     def _prompts(self, prompts: Sequence[Tensor], images: Sequence[Tensor]) -> list[Tensor]:
         """Each prompt's embeddings [T_b, C]; all images go through the tower together."""
