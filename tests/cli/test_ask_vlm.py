@@ -110,24 +110,35 @@ def test_controls_show_what_they_say(talker):
         controlled(questions(1), [0], "shuffled")
 
 
+class Shown:
+    """Items at hand."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, number):
+        return self.items[number]
+
+    def read(self, numbers):
+        return [self.items[number] for number in numbers]
+
+
+def test_shuffled_bears_text_alone_and_several_images():
+    a, b, c, d = (item.image for item in (questions(4, "caption")[i] for i in range(4)))
+    shown = [a, b[:0], torch.cat([a, b]), b, c, d]
+    items = Shown([replace(questions(1)[0], id=str(i), image=image) for i, image in enumerate(shown)])
+    for item, other in zip(items.items, controlled(items, range(6), "shuffled"), strict=True):
+        assert other.image.shape == item.image.shape
+        assert not any(torch.equal(x, y) for x in item.image for y in other.image)
+
+
 def test_shuffled_looks_further_where_an_image_is_shown_again():
-    class Pairs:
-        """Two questions about each of three images: half the set away lies another image for some only."""
-
-        def __init__(self):
-            self.shown = [questions(3, "caption")[i] for i in (0, 1, 0, 0, 2, 0)]
-
-        def __len__(self):
-            return 6
-
-        def __getitem__(self, number):
-            return self.shown[number]
-
-        def read(self, numbers):
-            return [self.shown[number] for number in numbers]
-
-    items = Pairs()
-    for item, other in zip(items.shown, controlled(items, range(6), "shuffled"), strict=True):
+    # Two questions about each of three images: half the set away lies another image for some only.
+    items = Shown([questions(3, "caption")[i] for i in (0, 1, 0, 0, 2, 0)])
+    for item, other in zip(items.items, controlled(items, range(6), "shuffled"), strict=True):
         assert not torch.equal(item.image, other.image)
 
 
@@ -161,15 +172,26 @@ def test_files_are_asked_about_one_by_one(vlmfast, folder, talker, pictures):
     assert torch.equal(items[0].image, picture), "an image of the model's size is shown as it is"
 
 
+def test_files_of_one_name_in_two_folders_are_told_apart(vlmfast, tmp_path, folder, pictures):
+    (tmp_path / "more").mkdir()
+    other = pictures[1].rename(tmp_path / "more/0.png")
+    out = tmp_path / "out.jsonl"
+    words = ["--model", folder, "--max-new-tokens", "2", "--device", "cpu", "--out", out]
+    vlmfast("caption", pictures[0], other, *words)
+    assert [each.id for each in read_predictions(out)] == [str(pictures[0]), str(other)]
+
+
 def test_a_file_of_questions_and_a_file_of_conversations(vlmfast, tmp_path, folder, pictures):
     lines = [{"question_id": 7, "image": "0.png", "text": "Is there a star?", "label": "yes", "category": "random"}]
-    lines += [{"id": "b", "image": "1.png", "question": "How many?"}]
+    lines += [{"id": "b", "image": "1.png", "question": "<image>\nHow\u2028many?"}]
     path, out = tmp_path / "questions.jsonl", tmp_path / "out.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)))
+    path.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8-sig")
     words = ["--model", folder, "--image-folder", tmp_path, "--max-new-tokens", "4", "--device", "cpu", "--out", out]
     vlmfast("vqa", "--questions", path, *words)
     found = read_predictions(out)
     assert [(each.id, each.references, each.group) for each in found] == [("7", ("yes",), "random"), ("b", (), None)]
+    vlmfast("vqa", "--questions", path, *words, "--candidates", "yes,no")
+    assert [set(each.probs) for each in read_predictions(out)] == [{"yes", "no"}] * 2
 
     turns = [{"from": "human", "value": "<image>\nHow many?"}, {"from": "gpt", "value": "two"}]
     turns += [{"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "yes"}]
@@ -181,6 +203,8 @@ def test_a_file_of_questions_and_a_file_of_conversations(vlmfast, tmp_path, fold
         ("s/0", ("two",), "How many?"),
         ("s/1", ("yes",), "Sure?"),
     ]
+    vlmfast("vqa", "--data", data, *words, "--candidates", "two,yes")
+    assert [set(each.probs) for each in read_predictions(out)] == [{"two", "yes"}] * 2
     asked = Items(LlavaJson(data, tmp_path, (64, 64)))[1].conversation
     assert [turn.text for turn in asked.turns] == ["<image>\nHow many?", "two", "Sure?"]
 
@@ -189,6 +213,13 @@ def test_refusals(refused, tmp_path, folder, pictures):
     model = ["--model", folder, "--device", "cpu"]
     assert "say what is asked about by one of" in refused("vqa", *model)
     assert "say what is asked about by one of" in refused("vqa", pictures[0], *model, "--level", "L1")
+    assert "--question is for image files" in refused("vqa", "--level", "L1", *model, "--question", "Why?")
+    assert "--prompt is for image files" in refused("caption", "--level", "L1", *model, "--prompt", "Say!")
+    assert "--candidates is not for --level" in refused("vqa", "--level", "L1", *model, "--candidates", "yes,no")
+    assert "--rank chooses among --candidates" in refused("vqa", "--data", "d.json", *model, "--rank")
+    assert "must be at least 1; got 0 and 1" in refused("vqa", "--level", "L1", *model, "--batch-size", "0", "--n", "1")
+    assert "must be at least 1; got 64 and 0" in refused("vqa", "--level", "L1", *model, "--n", "0")
+    assert "named twice" in refused("caption", pictures[0], pictures[0], *model)
     assert "need a --question" in refused("vqa", pictures[0], *model)
     assert "--control is for questions with known answers" in refused(
         "caption", pictures[0], *model, "--control", "blank"
@@ -202,6 +233,9 @@ def test_refusals(refused, tmp_path, folder, pictures):
     (tmp_path / "q.jsonl").write_text('{"image": "0.png"}')
     said = refused("vqa", "--questions", tmp_path / "q.jsonl", "--image-folder", tmp_path, *model)
     assert "q.jsonl:1: must be an object" in said
+    (tmp_path / "q.jsonl").write_text('{"id": 5, "image": "0.png", "text": "Why?"}\n' * 2)
+    said = refused("vqa", "--questions", tmp_path / "q.jsonl", "--image-folder", tmp_path, *model)
+    assert "several questions have the id '5'" in said
     long = "why " * 500
     assert "prompt longer than the context" in refused("vqa", pictures[0], *model, "--question", long)
     (tmp_path / "run/checkpoints").mkdir(parents=True)

@@ -16,9 +16,11 @@ from small_vlm import SHORT, SIZES
 from vlmfast import cli
 from vlmfast.data.batch import batches
 from vlmfast.data.dialogue import Dialogues, pack, supervise
+from vlmfast.errors import DataError
 from vlmfast.models.weights.decoder import load_decoder
 from vlmfast.models.weights.vlm import load_vlm
 from vlmfast.recipes.vlm_data import (
+    Pixels,
     TaskMix,
     VlmDataFlags,
     blank,
@@ -221,6 +223,17 @@ def test_a_conversation_with_an_error_stops_before_the_run_begins(tmp_path, refu
     assert "no assistant turn" in said(conversations=turns[:1])
     assert "sample 's3'" in said(conversations=[{**turns[0], "value": "<image><image>How?"}, *turns[1:]])
     assert said(image="lost.png").endswith("sample 's3': there is no image " + str(tmp_path / "images/lost.png"))
+    early = {"from": "gpt", "value": "Hello"}  # left out by itself, as LLaVA leaves it out
+    path.write_text(json.dumps([{**records[0], "conversations": [early, *records[0]["conversations"]]}]))
+    found = open_conversations(
+        VlmDataFlags(dataset_type="llava", image_folder=tmp_path / "images"),
+        str(path),
+        "",
+        "train",
+        None,
+        Pixels((16, 16), (0.5, 0.5, 0.5)),
+    )
+    assert len(found) == 1
     assert "is not a file" in refused(*command, "--train-data", tmp_path / "none.json")
     path.write_text(json.dumps(records))
     short = refused(*command, "--context-length", "20", "--steps", "2")
@@ -273,6 +286,10 @@ def test_a_mixture_of_tasks_draws_by_weight_and_for_good():
     for index in (0, 7, 200):
         assert mix[index].conversation == mix.__getitems__([3, index])[1].conversation
         assert mix.truth(index)["answer"] == mix[index].conversation.turns[1].text
+    several = open_conversations(VlmDataFlags(), "L2", "vqa,pope-random", "train", None, None)
+    assert [len(source) for source in several.sources] == [100_000] * 2  # POPE's own number is another
+    with pytest.raises(DataError, match="sources must be of one length"):
+        TaskMix([range(3), range(4)], [1, 1])
     alone = without_images(mix[0])
     assert alone.image.shape[0] == 0
     assert not any("<image>" in turn.text for turn in alone.conversation.turns)

@@ -25,6 +25,8 @@ MOST_PIXELS = 2**28  # of an image on its way to a square
 Role = Literal["system", "user", "assistant"]
 Aspect = Literal["pad", "square", "squash"]
 
+EARLY = "answer before the first question"  # the reason to leave out that answer alone, as LLaVA does
+
 _ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant", "system": "system"}  # LLaVA's name -> ours
 _NAMES = {ours: theirs for theirs, ours in _ROLES.items()}
 
@@ -134,7 +136,7 @@ def read_llava(path: str | os.PathLike[str], skips: Skipped | None = None) -> li
         try:
             conversation, early = _conversation(record, where)
             if early:
-                error = UnreadableError("answer before the first question", f"{where} sample {conversation.id!r}")
+                error = UnreadableError(EARLY, f"{where} sample {conversation.id!r}")
                 _count(skips, f"{where} first turn", error)
             check(conversation, where)
             found.append(conversation)

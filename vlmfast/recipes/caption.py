@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vlmfast.data.scenes.tasks import INSTRUCTIONS
+from vlmfast.errors import DataError
 from vlmfast.recipes.vlm_ask import AskFlags, run_ask
 
 POSITIONAL = True
@@ -24,7 +25,7 @@ class Config(AskFlags):
     """
 
     prompt: str = ""
-    """What the model is told to do. Default: as for scenes, "Describe the image in one sentence." """
+    """Image files: what the model is told to do. Default: as for scenes, "Describe the image in one sentence." """
 
 
 def run(config: Config) -> None:
@@ -33,7 +34,9 @@ def run(config: Config) -> None:
     Args:
         config: the flags.
     Raises:
-        DataError: as `run_ask` says.
+        DataError: --prompt without image files, or as `run_ask` says.
     """
+    if config.prompt and not config.images:
+        raise DataError("--prompt is for image files; --level, --data and --questions have their own")
     told = INSTRUCTIONS.get(config.granularity, INSTRUCTIONS["sentence"])
     run_ask(config, "caption", config.prompt or told)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +54,24 @@ def run_ask(config: AskFlags, task: str, question: str, candidates: Sequence[str
         candidates: possible answers to it.
         rank: choose among a question's candidates instead of writing.
     Raises:
-        DataError: nothing is asked, or more than one thing; the model or the data cannot be read.
+        DataError: nothing is asked, or more than one thing; candidates of scenes, which have their own; the model or
+            the data cannot be read.
     """
+    if config.batch_size < 1 or (config.n is not None and config.n < 1):
+        raise DataError(f"--batch-size and --n must be at least 1; got {config.batch_size} and {config.n}")
     asked = [bool(config.images), bool(config.level), bool(config.data), config.questions is not None]
     if sum(asked) != 1:
         raise DataError("say what is asked about by one of: image files, --level, --data, --questions")
+    if config.level and candidates:
+        raise DataError("--candidates is not for --level: scenes have candidates of their own; choose by --rank")
+    if rank and not config.level and not candidates:
+        raise DataError("--rank chooses among --candidates, or among those that questions about a --level have")
     talker = open_talker(config)
     if config.images:
         found = _of_files(config, talker, question, candidates)
     else:
-        items = _items(config, talker, task)
-        batches = predict(talker, items, config, control=config.control, rank=rank)
+        items = _items(config, talker, task, tuple(candidates))
+        batches = predict(talker, items, config, control=config.control, rank=rank or bool(candidates))
         found = [each for part in counted(batches, "answers", len(items)) for each in part]
     if config.out is not None:
         write_predictions(config.out, found)
@@ -76,20 +83,25 @@ def _of_files(config: AskFlags, talker: Talker, question: str, candidates: Seque
         raise DataError("--control is for questions with known answers: --level, --data or --questions")
     if not question and not TEMPLATES[talker.template].marks_only:
         raise DataError("image files need a --question")
+    names = [path.stem for path in config.images]
+    ids = names if len(set(names)) == len(names) else list(map(str, config.images))
+    if len(set(ids)) < len(ids):
+        raise DataError("an image file is named twice")
     found: list[Prediction] = []
     for first in range(0, len(config.images), config.batch_size):
-        paths = config.images[first : first + config.batch_size]
-        items = [ask([path], talker, question, candidates) for path in paths]
+        rows = range(first, min(first + config.batch_size, len(ids)))
+        items = [replace(ask([config.images[row]], talker, question, candidates), id=ids[row]) for row in rows]
         found += answer(talker, items, config, rank=bool(candidates))
     return found
 
 
-def _items(config: AskFlags, talker: Talker, task: str) -> Items | Questions:
+def _items(config: AskFlags, talker: Talker, task: str, candidates: tuple[str, ...]) -> Items | Questions:
     if config.questions is not None:
-        return Questions(config.questions, config.image_folder, talker.pixels, config.n)
+        return Questions(config.questions, config.image_folder, talker.pixels, config.n, candidates)
     if config.data:
         config.dataset_type = "llava"
-        return Items(open_conversations(config, config.data, task, config.split, None, talker.pixels), config.n)
+        found = open_conversations(config, config.data, task, config.split, None, talker.pixels)
+        return Items(found, config.n, candidates)
     size = config.n or SIZE
     return Items(open_conversations(config, config.level, task, config.split, size, talker.pixels), size)
 

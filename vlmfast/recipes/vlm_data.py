@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.data.conversation import (
+    EARLY,
     IMAGE_MARK,
     Aspect,
     Conversation,
@@ -26,6 +27,7 @@ from vlmfast.data.conversation import (
 from vlmfast.data.lm_tokenizer import LmTokenizer, train_lm_tokenizer
 from vlmfast.data.order import random_bits
 from vlmfast.data.scenes import tasks
+from vlmfast.data.scenes.latents import SPLIT_SIZES
 from vlmfast.data.templates import TEMPLATES
 from vlmfast.errors import DataError
 from vlmfast.recipes.sources import SceneSplit
@@ -76,9 +78,13 @@ class TaskMix:
     Args:
         sources: a data set of each task, all of one length.
         weights: how often each task comes, in proportion.
+    Raises:
+        DataError: their lengths differ.
     """
 
     def __init__(self, sources: Sequence[Any], weights: Sequence[float]) -> None:
+        if len({len(source) for source in sources}) > 1:
+            raise DataError(f"TaskMix: sources must be of one length; got {[len(source) for source in sources]}")
         self.sources, self._edges = list(sources), np.cumsum(weights) / sum(weights)
 
     def __len__(self) -> int:
@@ -186,8 +192,9 @@ def open_conversations(
         if not where or pixels is None:
             raise DataError("--dataset-type llava needs a JSON file: --train-data, --val-data or --data")
         found = LlavaJson(where, flags.image_folder, pixels.image_hw, aspect=pixels.aspect, mean=pixels.image_mean)
-        if wrong := found.describe_skipped():
-            raise DataError(f"{where}: {wrong.replace('skipped', 'cannot use', 1)}. Mend or remove them")
+        if set(found.skipped) - {EARLY}:
+            wrong = found.describe_skipped().replace("skipped", "cannot use", 1)
+            raise DataError(f"{where}: {wrong}. Mend or remove them")
         for conversation in found.conversations:
             for name in conversation.images:
                 if not (found.image_folder / name).is_file():
@@ -198,6 +205,7 @@ def open_conversations(
     if where and where not in LEVELS:
         raise DataError(f"scenes are of the levels {', '.join(LEVELS)}; got {where!r}. Files need --dataset-type llava")
     weights = task_weights(task)
+    size = SPLIT_SIZES[split] if size is None else size  # of all tasks alike
     how: dict[str, Any] = {"size": size, "image_size": None if pixels is None else pixels.image_hw[0]}
     made = []
     for name in weights:
@@ -284,17 +292,23 @@ class Items:
     Args:
         dataset: what `open_conversations` returned.
         size: at most so many; None: all.
+        candidates: what can be answered, where the data set does not say.
+    Raises:
+        DataError: two conversations have one id.
     """
 
     dataset: Any
     size: int | None = None
+    candidates: tuple[str, ...] = ()
     places: list[tuple[int, int]] = field(default_factory=list)  # (sample, turn of the answer)
 
     def __post_init__(self) -> None:
         wanted = math.inf if self.size is None else self.size
+        known: set[str] = set()
         for index, conversation in enumerate(_conversations(self.dataset)):
             if len(self.places) >= wanted:
                 break
+            _check_new(conversation.id, known)
             turns = conversation.turns
             self.places.extend((index, place) for place, turn in enumerate(turns) if turn.role == "assistant")
         if self.size is not None:
@@ -334,9 +348,16 @@ class Items:
             sample.image[:images],
             str(about.get("task", "")),
             tuple(about.get("references") or (about.get("answer", answer),)),
-            tuple(about.get("candidates", ())),
+            tuple(about.get("candidates", self.candidates)),
             about.get("family") or about.get("strategy"),
         )
+
+
+def _check_new(id: str, known: set[str]) -> None:
+    """Adds the id to those that are known; answers are told apart by theirs."""
+    if id in known:
+        raise DataError(f"several questions have the id {id!r}; give each its own")
+    known.add(id)
 
 
 def _read(dataset: Any, indices: Sequence[int]) -> list[VlmSample]:
@@ -362,10 +383,10 @@ def controlled(items: Items | Questions, numbers: Sequence[int], control: Contro
     Args:
         items: all of them.
         numbers: which.
-        control: "none"; "blank": gray images; "shuffled": those of the first item after half the set that shows
-            something else.
+        control: "none"; "blank": gray images; "shuffled": those of the first items after half the set that show
+            something else, as many as there were.
     Raises:
-        DataError: shuffled, and all items show the same.
+        DataError: shuffled, and too few items show something else.
     """
     own = items.read(numbers)
     if control == "none":
@@ -380,14 +401,25 @@ def controlled(items: Items | Questions, numbers: Sequence[int], control: Contro
 
 
 def _differ(item: Item, other: Item) -> bool:
-    return item.image.shape == other.image.shape and not torch.equal(item.image, other.image)
+    """Whether the other has as many images, none of them the item's."""
+    return len(item.image) == len(other.image) and not _share(item, other)
+
+
+def _share(item: Item, other: Item) -> bool:
+    return any(torch.equal(one, another) for one in item.image for another in other.image)
 
 
 def _another(items: Items | Questions, number: int, item: Item) -> Tensor:
-    for step in range(1, len(items)):
+    """[n, 3, H, W]: as many images as the item has, of one other item or of several."""
+    found = item.image[:0]
+    for step in range(len(items)):
+        if len(found) >= len(item.image):
+            return found[: len(item.image)]
         other = items[(number + len(items) // 2 + step) % len(items)]
-        if _differ(item, other):
-            return other.image
+        if not _share(item, other):
+            found = torch.cat([found, other.image])
+    if len(found) >= len(item.image):
+        return found[: len(item.image)]
     raise DataError(f"--control shuffled: no item shows anything else than {item.id!r}; give more items")
 
 
@@ -402,15 +434,30 @@ class Questions:
         image_folder: where the images' names start.
         pixels: how images are prepared.
         size: at most so many; None: all.
+        candidates: what can be answered to each.
     Raises:
-        DataError: a line is not such an object, or an image is missing.
+        DataError: the file is not UTF-8, a line is not such an object, two have one id, or an image is missing.
     """
 
-    def __init__(self, path: Path, image_folder: Path, pixels: Pixels, size: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        image_folder: Path,
+        pixels: Pixels,
+        size: int | None = None,
+        candidates: tuple[str, ...] = (),
+    ) -> None:
         self._pixels, self._found = pixels, []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        known: set[str] = set()
+        try:
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: is not UTF-8: {error}") from None
+        for number, line in enumerate(lines, 1):
             if line.strip():
-                self._found.append((_question(f"{path}:{number}", number, line), f"{path}:{number}"))
+                item = _question(f"{path}:{number}", number, line)
+                _check_new(item.id, known)
+                self._found.append((replace(item, candidates=candidates), f"{path}:{number}"))
         self._found = self._found[:size]
         self._folder = image_folder
         for item, where in self._found:
@@ -445,9 +492,8 @@ def _question(where: str, number: int, line: str) -> Item:
     if not isinstance(question, str) or not isinstance(image, str):
         raise DataError(f'{where}: must be an object with "image" and "text" or "question"; got {line[:80]}')
     right = entry.get("label", entry.get("answer"))
-    conversation = Conversation(
-        str(entry.get("question_id", entry.get("id", number))), (image,), (Turn("user", f"{IMAGE_MARK}\n{question}"),)
-    )
+    text = question if IMAGE_MARK in question else f"{IMAGE_MARK}\n{question}"
+    conversation = Conversation(str(entry.get("question_id", entry.get("id", number))), (image,), (Turn("user", text),))
     return Item(
         conversation.id,
         conversation,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vlmfast.errors import DataError
 from vlmfast.recipes.vlm_ask import AskFlags, run_ask
 
 POSITIONAL = True
@@ -19,6 +20,7 @@ class Config(AskFlags):
         vlmfast vqa --model logs/eyes --level L1 --n 500 --rank --out answers.jsonl
         vlmfast vqa --model logs/eyes --level L3 --cooc --vlm-task pope-adversarial --out pope.jsonl
         vlmfast vqa --model llava-1.5-7b-hf --questions coco_pope_random.json --image-folder val2014 --out pope.jsonl
+        vlmfast vqa --model logs/eyes --questions mine.jsonl --image-folder photos --candidates yes,no
         vlmfast eval vqa answers.jsonl
 
     A line has the file, the answer and its confidence: the answer's probability, its end included, or, where it is
@@ -28,7 +30,8 @@ class Config(AskFlags):
     question: str = ""
     """What is asked about each image file."""
     candidates: str = ""
-    """Possible answers, joined by commas: the likeliest of them is the answer."""
+    """Possible answers to each question, joined by commas: the likeliest of them is the answer. Not of scenes, which
+    have their own."""
     vlm_task: str = "vqa"
     """scenes: vqa, pope-random, pope-popular or pope-adversarial."""
     rank: bool = False
@@ -41,7 +44,9 @@ def run(config: Config) -> None:
     Args:
         config: the flags.
     Raises:
-        DataError: as `run_ask` says.
+        DataError: --question without image files, or as `run_ask` says.
     """
+    if config.question and not config.images:
+        raise DataError("--question is for image files; --level, --data and --questions have their own")
     candidates = [word.strip() for word in config.candidates.split(",") if word.strip()]
     run_ask(config, config.vlm_task, config.question, candidates, config.rank)
