@@ -216,5 +216,10 @@ def test_what_a_cache_refuses(decoder):
         with pytest.raises(ShapeError, match=r"rows must be at least 1 and capacity 1 \.\. 32"):
             KvCache(decoder.config, rows, capacity)
     cache = KvCache(decoder.config, 2, 4, dtype=torch.float64)
+    for lengths in (-1, torch.tensor([0, -1])):
+        with pytest.raises(ShapeError, match="truncate: lengths must be at least 0; got -1"):
+            cache.truncate(lengths)
+    with pytest.raises(ShapeError, match=r"truncate: lengths must be \[2\] or an int; got \(3,\)"):
+        cache.truncate(torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ShapeError, match=r"cache must have a row for each of the 3 sequences; it has 2"):
         decoder(decoder.embed(torch.zeros(3, 1).long()), cache=cache)

@@ -288,6 +288,7 @@ def test_a_config_survives_json(config):
     ("change", "error", "message"),
     [
         ({"layers": 0}, ShapeError, r"at least 1; got layers 0"),
+        ({"heads": 0}, ShapeError, r"at least 1; got heads 0"),
         ({"kv_heads": 3}, ShapeError, r"kv_heads 3 must divide heads 4"),
         ({"head_width": 5}, ShapeError, r"head_width must be even; got 5"),
         ({"norm": "batch"}, DataError, r"norm must be one of rms, layer; got 'batch'"),

@@ -268,6 +268,7 @@ def test_a_token_that_ends_is_not_written(decoder, beams):
         assert not set(each.tokens.tolist()) & set(EOS)
         assert len(each.log_probs) == len(each.tokens) + each.finished
         assert (each.tokens.dtype, each.log_probs.dtype) == (torch.int64, torch.float32)
+    same(generate(decoder, MIXED, max_new_tokens=16, eos=torch.tensor(sorted(EOS)), beams=beams), answers, 0)
 
 
 @pytest.mark.parametrize("beams", [1, 3])

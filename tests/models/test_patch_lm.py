@@ -220,6 +220,7 @@ def test_saved_and_loaded_bit_for_bit(tmp_path, stem):
     [
         ({"stem": "mlp"}, "stem must be one of patch, conv; got 'mlp'"),
         ({"image_size": 10}, "image_size 10 must be a multiple of patch_size 4"),
+        ({"patch_size": 0}, "must be a multiple of patch_size 0, at least 1"),
         ({"stem": "conv", "patch_size": 1}, "with stem 'conv' patch_size must be 2, 4, 8 ...; got 1"),
         ({"stem": "conv", "patch_size": 3, "image_size": 9}, "patch_size must be 2, 4, 8 ...; got 3"),
     ],

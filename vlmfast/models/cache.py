@@ -143,9 +143,16 @@ class KvCache:
 
         Args:
             lengths: [B] int64 tokens that stay, or the same number for all; a shorter row stays as it is.
+        Raises:
+            ShapeError: lengths are not one a row, or below 0.
         """
-        self.lengths = self.lengths.clamp_max(lengths) if isinstance(lengths, int) else self.lengths.minimum(lengths)
-        self._longest = int(self.lengths.max())
+        if isinstance(lengths, Tensor) and lengths.shape != self.lengths.shape:
+            raise ShapeError(f"KvCache.truncate: lengths must be [{self.rows}] or an int; got {tuple(lengths.shape)}")
+        left = self.lengths.clamp_max(lengths) if isinstance(lengths, int) else self.lengths.minimum(lengths)
+        least, longest = torch.stack(left.aminmax()).tolist()
+        if least < 0:
+            raise ShapeError(f"KvCache.truncate: lengths must be at least 0; got {least}")
+        self.lengths, self._longest = left, longest
 
     def _hold(self, room: Tensor) -> None:
         """Takes [layers, keys | values, B, capacity, H, K], and makes each layer's views of it once for all steps."""

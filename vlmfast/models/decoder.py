@@ -114,7 +114,7 @@ class DecoderConfig:
 
 def _derived(sizes: dict[str, Any], mlp_width: int) -> dict[str, Any]:
     heads = sizes["heads"]
-    return {"kv_heads": heads, "head_width": sizes["width"] // heads, "mlp_width": mlp_width, **sizes}
+    return {"kv_heads": heads, "head_width": sizes["width"] // max(heads, 1), "mlp_width": mlp_width, **sizes}
 
 
 class _Sight(NamedTuple):

@@ -86,14 +86,14 @@ def generate(
     Source: beams as in transformers 5 (Apache-2.0), each prompt ending by itself; top_p is Holtzman et al. 2020.
     """
     _check_options(max_new_tokens, temperature, top_k, top_p, beams, early_stopping)
-    V = decoder.config.vocab_size
+    V, ends = decoder.config.vocab_size, {int(token) for token in eos}  # of a tensor's, too, which no int would equal
     if not all(0 <= token < V for token in suppress) or len(set(suppress)) == V:
         raise ValueError(f"generate: suppress must be some ids in [0, {V}), and leave at least one; got {suppress!r}")
     borrowed = cache is not None
     hidden, cache, room = _prefill("generate", decoder, prompts, max_new_tokens, prefix, cache)
     barred = torch.tensor(sorted(set(suppress)), dtype=torch.int64, device=hidden.device)
     if beams > 1:
-        done = _search(decoder, hidden, cache, room, set(eos), barred, beams, length_penalty, early_stopping)
+        done = _search(decoder, hidden, cache, room, ends, barred, beams, length_penalty, early_stopping)
         if on_token:
             for row, generation in enumerate(done):
                 for token in generation.tokens.tolist():
@@ -108,7 +108,7 @@ def generate(
             )
         draws = torch.stack([torch.rand(max(room), dtype=torch.float64, generator=_generator(each)) for each in seeds])
         choose = partial(_drawn, draws.to(hidden.device), temperature, top_k, top_p)
-    return _follow(decoder, hidden, cache, borrowed, room, set(eos), barred, choose, on_token)
+    return _follow(decoder, hidden, cache, borrowed, room, ends, barred, choose, on_token)
 
 
 @torch.no_grad()

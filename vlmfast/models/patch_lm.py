@@ -39,9 +39,9 @@ class PatchLmConfig:
     def __post_init__(self) -> None:
         if self.stem not in STEMS:
             raise DataError(f"PatchLm: stem must be one of {', '.join(STEMS)}; got {self.stem!r}")
-        if any(side % self.patch_size or not side for side in self.image_hw):
+        if self.patch_size < 1 or any(side % self.patch_size or side < 1 for side in self.image_hw):
             raise ShapeError(
-                f"PatchLm: image_size {self.image_size} must be a multiple of patch_size {self.patch_size}"
+                f"PatchLm: image_size {self.image_size} must be a multiple of patch_size {self.patch_size}, at least 1"
             )
         if self.stem == "conv" and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):
             raise ShapeError(f"PatchLm: with stem 'conv' patch_size must be 2, 4, 8 ...; got {self.patch_size}")
