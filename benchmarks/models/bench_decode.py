@@ -172,6 +172,8 @@ def main() -> int:
     gauge = meter.meter(options.device, options.threads)
     asked = {name: value for name in ("width", "layers", "vocab_size") if (value := getattr(options, name))}
     config = DecoderConfig.llama(**defaults["sizes"] | asked)
+    if prompt + options.new > config.context_length:
+        parser.error(f"--prompt {prompt} and --new {options.new} do not fit a context of {config.context_length}")
     rows: list[dict[str, Any]] = []
     with timing.threads(options.threads):
         decoder = build_decoder(config, seed=0).to(options.device, getattr(torch, dtype)).eval()
