@@ -144,6 +144,22 @@ def test_the_temperature_is_the_minimum_of_the_loss():
     assert loss(best) <= min(loss(best * 1.001), loss(best / 1.001))
 
 
+@pytest.mark.parametrize("true", [0.02, 0.05, 30.0, 80.0])
+def test_the_temperature_is_found_near_its_bounds(true):
+    logits, labels = believable_logits(2_000, 2, seed=5)
+    best = fit_temperature(true * logits, labels)
+    assert best == pytest.approx(true, rel=0.15)
+
+    def loss(t):
+        return F.cross_entropy(true * logits.double() / t, labels).item()
+
+    assert loss(best) <= min(loss(best * 1.001), loss(best / 1.001))
+
+
+def test_the_temperature_of_logits_that_are_all_alike_is_one():
+    assert fit_temperature(torch.zeros(3, 4), torch.tensor([0, 1, 2])) == 1
+
+
 def test_classes_that_an_item_does_not_have_take_no_part():
     logits, labels = believable_logits(2_000, 3)
     wide = torch.cat([logits, torch.full((2_000, 4), -float("inf"))], 1)
@@ -154,7 +170,7 @@ def test_the_temperature_stays_in_bounds_and_the_gradient_mode_as_it_was():
     right, wrong = torch.tensor([0, 0]), torch.tensor([1, 1])
     logits = torch.tensor([[5.0, 0.0], [7.0, 0.0]], requires_grad=True)
     with torch.no_grad():
-        assert 0.01 <= fit_temperature(logits, right) < 1
+        assert fit_temperature(logits, right) == pytest.approx(0.01)
         assert fit_temperature(logits, wrong) == pytest.approx(100)
         assert not torch.is_grad_enabled()
     assert logits.grad is None
@@ -204,6 +220,13 @@ def test_shapes_are_checked(function):
     for probs, labels in ((torch.rand(3), torch.zeros(3)), (torch.rand(3, 2), torch.zeros(2)), (torch.rand(0, 2), [])):
         with pytest.raises(ShapeError, match=f"{function.__name__}: needs \\[N, V\\] and labels \\[N\\]"):
             function(probs, torch.as_tensor(labels).long())
+
+
+@pytest.mark.parametrize("function", [brier_score, nll, classwise_calibration_error, fit_temperature])
+@pytest.mark.parametrize("label", [-1, 2])
+def test_labels_out_of_range_are_named(function, label):
+    with pytest.raises(DataError, match=f"{function.__name__}: labels must be 0 .. 1; got"):
+        function(torch.full((2, 2), 0.5), torch.tensor([0, label]))
 
 
 def test_temperatures_need_finite_logits_of_the_labels():

@@ -5,17 +5,18 @@ Everything is computed in float64, whatever comes in.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vlmfast.errors import DataError, ShapeError, missing_extra
 
 BINS = 15
 TEMPERATURES = (0.01, 100.0)  # between which a fit stays
+HALVINGS = 50  # of the interval between their logarithms, down to rounding
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ def classwise_calibration_error(
         bins: how many, of equal width.
     Raises:
         ShapeError: probs is not [N, V] or labels is not [N].
+        DataError: a label is not in 0 .. V - 1.
     Source: Kull et al. 2019, "Beyond temperature scaling", eq. 3.
     """
     _check_classes("classwise_calibration_error", probs, labels)
@@ -139,6 +141,7 @@ def brier_score(
         labels: [N] int64.
     Raises:
         ShapeError: probs is not [N, V] or labels is not [N].
+        DataError: a label is not in 0 .. V - 1.
     Source: Brier 1950. The form for two classes that looks at one of them is half of this.
     """
     _check_classes("brier_score", probs, labels)
@@ -157,6 +160,7 @@ def nll(
         labels: [N] int64.
     Raises:
         ShapeError: probs is not [N, V] or labels is not [N].
+        DataError: a label is not in 0 .. V - 1.
     """
     _check_classes("nll", probs, labels)
     return -probs.double().gather(1, labels[:, None]).log().mean().item()
@@ -166,41 +170,36 @@ def fit_temperature(
     logits: Tensor,  # [N, V]
     labels: Tensor,  # [N]
 ) -> float:
-    """The temperature T that minimises the cross-entropy of softmax(logits / T), by LBFGS on log T in float64.
+    """The temperature T that minimises the cross-entropy of softmax(logits / T), by bisection of its slope in float64.
 
     Args:
         logits: [N, V]; log-probabilities serve as well. -inf where an item does not have the class.
         labels: [N] int64, of classes that the item has.
 
     Returns:
-        A number from 0.01 to 100; without bounds it would fall to 0 for items that are all right.
+        A number from 0.01 to 100; without bounds it would fall to 0 for items that are all right. 1 where T is of no
+        account, as all logits are alike.
 
     Raises:
         ShapeError: logits is not [N, V] or labels is not [N].
-        DataError: a label's logit is -inf, or a logit is NaN or +inf.
+        DataError: a label's logit is -inf, a logit is NaN or +inf, or a label is not in 0 .. V - 1.
     Source: Guo et al. 2017, sec. 4.2.
     """
     _check_classes("fit_temperature", logits, labels)
     logits = logits.detach().double()
     if not logits.gather(1, labels[:, None]).isfinite().all() or not (logits < float("inf")).all():
         raise DataError("fit_temperature: the labels' logits must be finite, the others finite or -inf")
-    # A finite number in the place of -inf: 0 * inf would make the gradient NaN.
-    outside = logits == -float("inf")
-    logits = logits.masked_fill(outside, 0.0)
-    log_t = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([log_t], max_iter=100, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
-    low, high = (torch.tensor(each, dtype=torch.float64).log() for each in TEMPERATURES)
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        scaled = (logits / log_t.clamp(low, high).exp()).masked_fill(outside, -float("inf"))
-        value = F.cross_entropy(scaled, labels)
-        value.backward()
-        return value
-
-    with torch.enable_grad():
-        optimizer.step(loss)
-    return log_t.detach().clamp(low, high).exp().item()
+    margins = (logits - logits.gather(1, labels[:, None])).masked_fill(logits == -float("inf"), 0.0)
+    low, high = map(math.log, TEMPERATURES)
+    log_t = 0.0
+    for _ in range(HALVINGS):
+        # The slope over 1 / T, in which the loss is convex.
+        slope = ((logits / math.exp(log_t)).softmax(1) * margins).sum(1).mean().item()
+        if slope == 0:
+            break
+        low, high = (log_t, high) if slope > 0 else (low, log_t)
+        log_t = (low + high) / 2
+    return min(max(math.exp(log_t), TEMPERATURES[0]), TEMPERATURES[1])
 
 
 def fit_isotonic(
@@ -281,3 +280,5 @@ def _check_classes(name: str, values: Tensor, labels: Tensor) -> None:
         raise ShapeError(
             f"{name}: needs [N, V] and labels [N], N > 0; got {tuple(values.shape)} and {tuple(labels.shape)}"
         )
+    if not ((labels >= 0) & (labels < values.shape[1])).all():
+        raise DataError(f"{name}: labels must be 0 .. {values.shape[1] - 1}; got {labels.min()} to {labels.max()}")
