@@ -207,6 +207,14 @@ def test_a_file_of_conversations_trains(train, dialogues):
     assert (model.image_hw, model.aspect) == ((32, 32), "pad")
 
 
+def test_a_damaged_image_is_left_out_wherever_it_stands(train, dialogues):
+    path, records = dialogues
+    (path.parent / "images/broken.png").write_bytes(b"no image")
+    path.write_text(json.dumps([{**records[0], "image": "broken.png"}, *records[1:]]))
+    folder = train("damaged", *llava(path), "--image-size", "32", "--batch-size", "2", "--steps", "2")
+    assert lines(folder)[-1]["step"] == 2
+
+
 def test_a_conversation_with_an_error_stops_before_the_run_begins(tmp_path, refused, dialogues):
     path, records = dialogues
     command = ["train", "--task", "patch-lm", "--logs", tmp_path, "--name", "never", *SIZES, *SHORT, *llava(path)]

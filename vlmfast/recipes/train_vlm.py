@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from vlmfast.data.batch import Batches, batches, steps_per_epoch
 from vlmfast.data.dialogue import DialogueBatch, Dialogues, pack, stop_ids
 from vlmfast.data.lm_tokenizer import FILES, LmTokenizer, load_lm_tokenizer
+from vlmfast.data.skips import UnreadableError
 from vlmfast.data.templates import TEMPLATES
 from vlmfast.errors import DataError
 from vlmfast.eval.caption import caption_match
@@ -69,6 +70,7 @@ from vlmfast.train.step import SummedLoss
 from vlmfast.train.world import World, start
 
 TOKENIZER_FOLDER = "tokenizer"
+TRIED = 8  # conversations, before a run begins
 PARTS = {
     "tower": "vision_tower",
     "projector": "multi_modal_projector",
@@ -221,7 +223,7 @@ def train(config: Config, world: World | None = None) -> Run:
     steps = config.steps or config.epochs * per_epoch
     schedule = schedule_of(config, lr, steps)
     stream = partial(_stream, config, samples, step_size, world)
-    samples[0]  # what is wrong with the template or the sizes is said before the run begins
+    _try_some(samples)
     held_out = _evaluators(config, pixels, tokenizer, template, dialogues, int(longest))
     model = placed(vlm.to(world.device), config, world)
     last = fit(
@@ -268,6 +270,19 @@ def train(config: Config, world: World | None = None) -> Run:
         _write_model(folder, vlm, config, stop_ids(template, tokenizer))
     world.wait()
     return Run(folder, vlm, tokenizer, template, last)
+
+
+def _try_some(samples: Dialogues) -> None:
+    """Raises, before the run begins, if not one of the first conversations can be trained on: template or sizes do."""
+    errors = []
+    for index in range(min(len(samples), TRIED)):
+        try:
+            samples[index]
+        except UnreadableError as error:
+            errors.append(error)
+        else:
+            return
+    raise errors[0]
 
 
 def _loss(model: nn.Module, batch: DialogueBatch, count: Tensor) -> dict[str, Tensor]:
