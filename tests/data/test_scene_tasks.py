@@ -302,6 +302,7 @@ def test_captions_have_one_right_answer_and_all_references():
         ({"granularity": "essay"}, "granularity must be one of"),
         ({"size": 0}, "a task has 1 .. 2"),
         ({"image_size": 8}, "image_size must be 16 .. 2048"),
+        ({"level": "L1", "task": "pope-random"}, "asks about 3 shapes; levels with so many are L2, L3, L3-cooc"),
     ],
 )
 def test_bad_arguments_of_tasks_are_named(arguments, message):

@@ -34,7 +34,7 @@ class Config:
     """webdataset: tars as img2dataset writes them; folder: the same, unpacked; csv: as open_clip reads it; llava:
     LLaVA's JSON of conversations, with images and a file of what is right."""
     task: Literal["caption", "vqa", "instruct", "pope-random", "pope-popular", "pope-adversarial"] = "caption"
-    """llava: what the conversations are about. vqa, instruct and pope need L1 or higher."""
+    """llava: what the conversations are about. vqa and instruct need L1 or higher, pope L2."""
     questions_per_image: int = 1
     """llava, vqa: questions about each image."""
     cooc: bool = False

@@ -33,7 +33,7 @@ class Config(AskFlags):
     """Possible answers to each question, joined by commas: the likeliest of them is the answer. Not of scenes, which
     have their own."""
     vlm_task: str = "vqa"
-    """scenes: vqa, pope-random, pope-popular or pope-adversarial."""
+    """scenes: vqa, or from L2 on pope-random, pope-popular or pope-adversarial."""
     rank: bool = False
     """scenes: choose among each question's possible answers by likelihood, instead of writing."""
 

@@ -14,8 +14,8 @@ import torch
 from vlmfast.data.conversation import IMAGE_MARK, Conversation, Turn, VlmSample
 from vlmfast.data.scenes.captions import GRANULARITIES, caption, references
 from vlmfast.data.scenes.instruct import Instruction, instruct
-from vlmfast.data.scenes.latents import MAX_INDEX, SPLIT_SIZES, Latents, Scene, attributes, check, sample
-from vlmfast.data.scenes.pope import PER_IMAGE, STRATEGIES, pope
+from vlmfast.data.scenes.latents import LEVELS, MAX_INDEX, SPLIT_SIZES, Latents, Scene, attributes, check, sample
+from vlmfast.data.scenes.pope import PER_IMAGE, POSITIVES, STRATEGIES, pope
 from vlmfast.data.scenes.questions import SCARCE, Draw, Question, ask, key, predicates, promising
 from vlmfast.data.scenes.render import render
 from vlmfast.data.scenes.samples import MIXED
@@ -133,7 +133,8 @@ def dataset(
         SceneTask: len(), [i] -> VlmSample(conversation, image uint8 [1, 3, S, S]), truth(i), texts().
 
     Raises:
-        DataError: there is no such level, split, task, granularity or family, or a size is out of range.
+        DataError: there is no such level, split, task, granularity or family, a size is out of range, or the level has
+            too few objects for the task.
     """
     if cooc and level != "L3":
         raise DataError(f"scenes: cooc=True is a variant of level L3; got level {level!r}")
@@ -145,6 +146,9 @@ def dataset(
         raise DataError(f"scenes: task must be one of {', '.join(TASKS)}; got {task!r}")
     if granularity not in (*GRANULARITIES, MIXED):
         raise DataError(f"scenes: granularity must be one of {', '.join((*GRANULARITIES, MIXED))}; got {granularity!r}")
+    if task.startswith("pope") and facts.objects[1] < POSITIVES:
+        some = ", ".join(name for name, other in LEVELS.items() if other.objects[1] >= POSITIVES)
+        raise DataError(f"scenes: {task} asks about {POSITIVES} shapes; levels with so many are {some}; got {level!r}")
     if not 1 <= size <= STRIDE:
         raise DataError(f"scenes: a task has 1 .. 2**20 items; got size {size}")
     if not 16 <= side <= 2048:
