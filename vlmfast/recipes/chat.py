@@ -86,7 +86,6 @@ class Chat:
         self._images: list[Tensor] = []  # [3, H, W] each
         self._names: list[str] = []
         self._waiting = 0  # images shown since the last question
-        self._prefix = 0  # tokens before the first answer
         self.session.reset()
 
     def show(self, path: Path) -> None:
@@ -133,14 +132,13 @@ class Chat:
         asked = Turn("user", f"{IMAGE_MARK}\n" * self._waiting + question)
         conversation = Conversation("chat", tuple(self._names), (*self.turns, asked))
         prompt = self._talker.prompt(conversation)
-        if not any(turn.role == "assistant" for turn in self.turns):
-            self._prefix = len(prompt)
+        prefix = self._talker.prefix(conversation)
         height, width = self._talker.model.image_hw
         images = torch.stack(self._images) if self._images else torch.empty(0, 3, height, width, dtype=torch.uint8)
         said = _Spoken(self._talker, self._write)
         with suppress(_EndedError, KeyboardInterrupt):  # an answer that was broken off stands as far as it went
             images = images.to(self._talker.device)
-            self.session.ask(prompt, images, prefix=self._prefix, on_token=said.push, **self._options)
+            self.session.ask(prompt, images, prefix=prefix, on_token=said.push, **self._options)
         text = said.finish()
         if text:  # to say nothing is no turn
             self.turns += [asked, Turn("assistant", text)]

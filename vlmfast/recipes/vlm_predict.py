@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
 
@@ -93,6 +94,16 @@ class Talker:
         ids = prompt_ids(conversation, self.template, self.tokenizer, self.model.image_tokens, room)
         return ids.to(self.device)
 
+    def prefix(self, conversation: Conversation) -> int:
+        """How many tokens stand before a conversation's first answer: those that see each other in a prefix-LM.
+
+        Args:
+            conversation: as for `prompt`.
+        """
+        turns = tuple(takewhile(lambda turn: turn.role != "assistant", conversation.turns))
+        images = sum(turn.text.count(IMAGE_MARK) for turn in turns)
+        return len(self.prompt(replace(conversation, turns=turns, images=conversation.images[:images])))
+
     def text(self, tokens: Tensor) -> str:
         """The answer that the tokens spell, without the template's end mark.
 
@@ -176,6 +187,7 @@ def answers(talker: Talker, items: Sequence[Item], flags: VlmFlags) -> list[Gene
     return talker.model.generate(
         [talker.prompt(item.conversation) for item in items],
         [item.image.to(talker.device) for item in items],
+        prefix=_prefixes(talker, items),
         **generation_options(talker, flags),
     )
 
@@ -212,11 +224,15 @@ def likelihoods(talker: Talker, items: Sequence[Item]) -> list[dict[str, float]]
         for item, prompt in zip(items, prompts, strict=True)
     ]
     images = [item.image.to(talker.device) for item in items]
-    scores = talker.model.score(prompts, images, continuations)
+    scores = talker.model.score(prompts, images, continuations, prefix=_prefixes(talker, items))
     return [
         dict(zip(item.candidates, score.double().softmax(0).tolist(), strict=True))
         for item, score in zip(items, scores, strict=True)
     ]
+
+
+def _prefixes(talker: Talker, items: Sequence[Item]) -> list[int] | None:
+    return [talker.prefix(item.conversation) for item in items] if talker.model.prefix_lm else None
 
 
 def _continuation(talker: Talker, item: Item, prompt: Tensor, candidate: str) -> Tensor:

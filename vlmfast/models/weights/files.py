@@ -53,9 +53,11 @@ def read_sharded(index: Path) -> dict[str, Tensor]:
     Args:
         index: its path.
     Raises:
-        DataError: as `read_tensors` says.
+        DataError: it names none, or as `read_tensors` says.
     """
-    names = sorted(set(read_json(index)["weight_map"].values()))
+    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    if not names:
+        raise DataError(f"{index}: names no file: it must hold a weight_map from tensors to files")
     return {key: value for name in names for key, value in read_tensors(index.parent / Path(name).name).items()}
 
 
