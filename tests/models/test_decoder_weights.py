@@ -205,6 +205,9 @@ def test_a_folder_without_weights_is_refused(tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(DataError, match=r"holds no weights: neither model\.safetensors nor pytorch_model\.bin"):
         load_decoder(folder)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(DataError, match=r"model\.safetensors\.index\.json: names no file: it must hold a weight_map"):
+        load_decoder(folder)
 
 
 @pytest.mark.parametrize(
