@@ -247,6 +247,9 @@ def test_a_conversation_with_an_error_stops_before_the_run_begins(tmp_path, refu
     short = refused(*command, "--context-length", "20", "--steps", "2")
     assert "sample 's0'" in short
     assert "longer than max_tokens" in short
+    (tmp_path / "val.json").write_text(json.dumps([{**record, "id": "v", "image": "broken.png"} for record in records]))
+    (tmp_path / "images/broken.png").write_bytes(b"no image")
+    assert "not an image" in refused(*command, "--val-data", tmp_path / "val.json", "--steps", "2")
 
 
 @pytest.mark.parametrize(

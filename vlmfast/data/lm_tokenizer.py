@@ -241,9 +241,12 @@ def _id(inner: Any, token: str) -> int:
 def _json(path: Path) -> dict[str, Any]:
     """The JSON object in the file, or an empty one if there is no file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise DataError(f"load_lm_tokenizer: {path} is not JSON in UTF-8: {error}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"load_lm_tokenizer: {path} must hold an object; got {str(found)[:40]}")
+    return found
 
 
 def _library() -> Any:

@@ -361,8 +361,9 @@ def _evaluators(
     if config.dataset_type == "llava":
         if not config.val_data:
             return {}
-        held_out = _open(config, config.val_data, "val", "", None, pixels)
-        return {"held_out": partial(_score, config=config, samples=dialogues(held_out, max_tokens=longest))}
+        held_out = dialogues(_open(config, config.val_data, "val", "", None, pixels), max_tokens=longest)
+        _try_some(held_out)
+        return {"held_out": partial(_score, config=config, samples=held_out)}
     found: dict[str, Evaluator] = {}
     for task in config.vlm_task.split(","):
         name = task.partition("=")[0].strip()
