@@ -71,8 +71,8 @@ def generate(
         length_penalty: a finished beam's score is the sum of its log-probs / number of tokens ** length_penalty.
         early_stopping: True ends a prompt when `beams` hypotheses have ended, False when none that runs scores higher
             at its present length, "never" at the length that is best for it.
-        prefix: the tokens of a prompt see each other, as a prefix-LM was trained; or how many of its first ones do, a
-            number a prompt: those before the first answer, where a conversation has one.
+        prefix: True where the tokens of a prompt see each other, as a prefix-LM was trained; or how many of its first
+            ones do, one number for each prompt (those before a conversation's first answer).
         seed: of the draws: row b's are seed + b's alone, whatever stands beside it; or one seed a row.
         suppress: ids that are never written.
         on_token: called with a row and an id for each token as it is chosen; with beams at the end, row by row.
