@@ -31,7 +31,7 @@ from torch import Tensor
 from vlmfast.bench import machine, meter, timing
 from vlmfast.bench.providers import UnavailableError
 from vlmfast.models.decoder import Decoder, DecoderConfig, build_decoder
-from vlmfast.models.generate import generate
+from vlmfast.models.generation import generate
 from vlmfast.models.weights.decoder import save_decoder
 
 SMALL = {"vocab_size": 8192, "width": 256, "layers": 6, "heads": 4, "context_length": 256}

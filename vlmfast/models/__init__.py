@@ -5,7 +5,7 @@ from vlmfast.models.cache import KvCache
 from vlmfast.models.clip import Clip, build_clip
 from vlmfast.models.config import ClipConfig, config_names, load_config
 from vlmfast.models.decoder import Decoder, DecoderConfig, build_decoder
-from vlmfast.models.generate import Generation, generate, score
+from vlmfast.models.generation import Generation, generate, score
 from vlmfast.models.hidden_states import taps
 from vlmfast.models.llava import Llava, LlavaConfig, build_llava, llava_from
 from vlmfast.models.patch_lm import PatchLm, PatchLmConfig, build_patch_lm

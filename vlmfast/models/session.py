@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.models.cache import KvCache
-from vlmfast.models.generate import Generation, generate
+from vlmfast.models.generation import Generation, generate
 from vlmfast.models.vlm import Vlm
 
 
@@ -61,7 +61,7 @@ class Session:
             images: [N, 3, H, W], all images of the conversation in their order, see `Vlm.encode_image`; N may be 0.
             prefix: how many first tokens see each other in a prefix-LM, as it was trained: those before the
                 conversation's first answer; None: all. A causal model takes no notice.
-            options: of `vlmfast.models.generate.generate`, `on_token` among them; max_new_tokens is needed.
+            options: of `vlmfast.models.generate`, `on_token` among them; max_new_tokens is needed.
         Raises:
             ShapeError: ids has other than N * P image tokens, is empty, or is longer than the context; prefix is longer
                 than ids.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vlmfast.errors import DTypeError, ShapeError
 from vlmfast.models.decoder import Decoder
-from vlmfast.models.generate import Generation, generate, score
+from vlmfast.models.generation import Generation, generate, score
 
 ASPECTS = ("pad", "square", "squash")
 IGNORED = -100  # the label of a token that is not supervised
@@ -202,7 +202,7 @@ class Vlm(nn.Module):
             images: B times [n_b, 3, H, W], the images of each prompt, see `encode_image`; n_b may be 0.
             prefix: how many first tokens of each prompt see each other in a prefix-LM, as it was trained: those before
                 the conversation's first answer; None: all. A causal model takes no notice.
-            options: of `vlmfast.models.generate.generate`; max_new_tokens is needed. The image token is never written
+            options: of `vlmfast.models.generate`; max_new_tokens is needed. The image token is never written
                 unless `suppress` says otherwise.
         Raises:
             ShapeError: prompts and images differ in number or are no [T] and [n, 3, H, W], or a prompt has other than

@@ -19,7 +19,7 @@ from vlmfast.data.lm_tokenizer import LmTokenizer, load_lm_tokenizer
 from vlmfast.data.templates import EOS, TEMPLATES
 from vlmfast.errors import DataError
 from vlmfast.eval.predictions import Prediction
-from vlmfast.models.generate import Generation
+from vlmfast.models.generation import Generation
 from vlmfast.models.vlm import Vlm
 from vlmfast.models.weights.vlm import load_vlm
 from vlmfast.recipes.sources import pick_device
@@ -193,7 +193,7 @@ def answers(talker: Talker, items: Sequence[Item], flags: VlmFlags) -> list[Gene
 
 
 def generation_options(talker: Talker, flags: VlmFlags) -> dict[str, Any]:
-    """The flags as `vlmfast.models.generate.generate` takes them.
+    """The flags as `vlmfast.models.generate` takes them.
 
     Args:
         talker: whose end marks stop an answer.

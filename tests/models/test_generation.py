@@ -8,7 +8,7 @@ import torch
 from vlmfast.errors import ShapeError
 from vlmfast.models.cache import KvCache
 from vlmfast.models.decoder import Decoder, DecoderConfig
-from vlmfast.models.generate import _drawn, _filtered, generate, score
+from vlmfast.models.generation import _drawn, _filtered, generate, score
 from vlmfast.models.weights.decoder import save_decoder
 
 V, CONTEXT, EOS = 29, 48, tuple(range(6))
