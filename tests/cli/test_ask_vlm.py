@@ -88,6 +88,15 @@ def test_a_ranked_answer_is_the_likeliest_candidate(talker):
         assert sum(each.probs.values()) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("rank", [False, True])
+def test_a_probability_that_is_no_number_is_named_by_its_item(folder, rank):
+    broken = open_talker(VlmFlags(model=folder, device="cpu"))
+    with torch.no_grad():
+        broken.model.decoder.norm.weight.fill_(torch.nan)
+    with pytest.raises(DataError, match="item 'vqa-0': the model gives its answer no probability but NaN"):
+        flat(predict(broken, questions(2), FLAGS, rank=rank))
+
+
 def test_controls_show_what_they_say(talker):
     items = questions(8, "caption")
     own, gray = items.read(range(8)), controlled(items, range(8), "blank")

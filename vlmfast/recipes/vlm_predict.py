@@ -272,6 +272,8 @@ def answer(
         flags: how it is to answer.
         rank: choose among the candidates, where a question has some, instead of writing.
         meta: what else a reader wants to know of the predictions.
+    Raises:
+        DataError: a probability is NaN; the item is named.
     """
     told = {"model": talker.source, "template": talker.template, "seed": flags.seed, **(meta or {})}
     ranked = [item for item in items if rank and item.candidates]
@@ -290,6 +292,11 @@ def answer(
 def _prediction(
     item: Item, text: str, score: float, probs: dict[str, float] | None, meta: dict[str, Any]
 ) -> Prediction:
+    if math.isnan(score):
+        raise DataError(
+            f"item {item.id!r}: the model gives its answer no probability but NaN: a weight is not finite, or the "
+            "numbers grew beyond --precision; try fp32"
+        )
     shown = {"images": list(item.conversation.images), "question": item.question}
     return Prediction(
         id=item.id,
