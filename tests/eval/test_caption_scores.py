@@ -131,6 +131,18 @@ def test_bleu_is_of_the_corpus_not_a_mean():
     assert bleu(candidates, references)[0] == pytest.approx(1 / 4)
 
 
+def test_rouge_l_of_long_texts_is_that_of_the_table():
+    rng = np.random.default_rng(0)
+    for longest, words in ((6, 2), (90, 4), (400, 9), (70, 70)):
+        a, b = (list(map(str, rng.integers(0, words, rng.integers(1, longest)))) for _ in range(2))
+        row = [0] * (len(b) + 1)
+        for token in a:
+            row = [0, *np.maximum.accumulate([max(row[i + 1], row[i] + (token == b[i])) for i in range(len(b))])]
+        p, r = row[-1] / len(a), row[-1] / len(b)
+        wanted = (1 + 1.44) * p * r / (r + 1.44 * p) if row[-1] else 0.0
+        assert rouge_l([a], [[b]])[0] == pytest.approx(wanted)
+
+
 def test_rouge_l_by_hand():
     candidate, reference = ["police", "kill", "the", "gunman"], ["police", "killed", "the", "gunman"]
     assert rouge_l([candidate], [[reference]])[0] == pytest.approx(3 / 4)  # Lin 2004, sec. 3.1
