@@ -13,7 +13,9 @@ from vlmfast.data.dialogue import supervise
 from vlmfast.data.scenes import tasks
 from vlmfast.errors import DataError
 from vlmfast.eval.predictions import Prediction, read_predictions
+from vlmfast.recipes import vlm_ask
 from vlmfast.recipes.train_vlm import accuracies
+from vlmfast.recipes.vlm_ask import AskFlags
 from vlmfast.recipes.vlm_data import Items, VlmDataFlags, controlled, open_conversations
 from vlmfast.recipes.vlm_predict import VlmFlags, answers, ask, likelihoods, open_talker, predict
 
@@ -164,6 +166,34 @@ def test_scenes_are_captioned_and_written_for_the_scorers(vlmfast, tmp_path, fol
     told = json.loads(vlmfast("vqa", *words, "--rank", "--control", "shuffled", "--json").out)
     assert len(told["predictions"]) == 3
     assert 0 <= told["scores"]["accuracy"] <= 1
+
+
+def test_what_was_answered_before_a_run_was_stopped_is_there(tmp_path, folder, monkeypatch, capsys):
+    def stopped(*arguments, **options):
+        for number, batch in enumerate(predict(*arguments, **options)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield batch
+
+    out = tmp_path / "answers/out.jsonl"
+    flags = AskFlags(images=(), model=folder, level="L1", n=5, batch_size=2, max_new_tokens=2, device="cpu", out=out)
+    monkeypatch.setattr(vlm_ask, "predict", stopped)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            vlm_ask.run_ask(flags, "caption", "")
+        assert len(read_predictions(tmp_path / "answers/out.jsonl.partial")) == 4
+    assert not out.exists()
+    monkeypatch.undo()
+    capsys.readouterr()
+    vlm_ask.run_ask(flags, "caption", "")
+    assert f"{out}.partial.2: the answers of a run that was stopped" in capsys.readouterr().err
+    assert sorted(path.name for path in out.parent.iterdir()) == [
+        "out.jsonl",
+        "out.jsonl.partial.1",
+        "out.jsonl.partial.2",
+    ]
+    assert len(read_predictions(out)) == 5
+    assert read_predictions(tmp_path / "answers/out.jsonl.partial.2") == read_predictions(out)[:4]
 
 
 def test_files_are_asked_about_one_by_one(vlmfast, folder, talker, pictures):

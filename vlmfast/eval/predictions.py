@@ -117,7 +117,7 @@ def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
                 if each.id in seen:
                     raise DataError(f"{path}: a second prediction for id {each.id!r}")
                 seen.add(each.id)
-                file.write(json.dumps(_row(each), ensure_ascii=False) + "\n")
+                file.write(prediction_line(each))
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -318,8 +318,12 @@ def _references(place: str, value: Any) -> tuple[str, ...]:
     return words
 
 
-def _row(prediction: Prediction) -> dict[str, Any]:
-    """The object of a line, without what is not known."""
+def prediction_line(prediction: Prediction) -> str:
+    """The prediction's line in a file, its end included; what is not known is left out.
+
+    Args:
+        prediction: what `read_predictions` is to give again.
+    """
     row = {
         "id": prediction.id,
         "task": prediction.task,
@@ -331,4 +335,5 @@ def _row(prediction: Prediction) -> dict[str, Any]:
         "group": prediction.group,
         "meta": dict(prediction.meta),
     }
-    return {key: value for key, value in row.items() if value not in (None, "", {}, []) or key in ("id", "prediction")}
+    known = {key: value for key, value in row.items() if value not in (None, "", {}, []) or key in ("id", "prediction")}
+    return json.dumps(known, ensure_ascii=False) + "\n"

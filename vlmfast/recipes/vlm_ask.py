@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from vlmfast.data.templates import TEMPLATES
 from vlmfast.errors import DataError
-from vlmfast.eval.predictions import Prediction, write_predictions
+from vlmfast.eval.predictions import Prediction, prediction_line
 from vlmfast.recipes.progress import counted
 from vlmfast.recipes.sources import SceneSplit
 from vlmfast.recipes.train_vlm import accuracies
@@ -39,7 +42,8 @@ class AskFlags(VlmFlags, VlmDataFlags):
     control: Control = "none"
     """blank: gray images; shuffled: another question's image. What is still answered right needs no image."""
     out: Path | None = None
-    """Write the predictions here, one JSON object a line, for vlmfast eval."""
+    """Write the predictions here, one JSON object a line, for vlmfast eval. Until all are there they are in
+    OUT.partial."""
     json: bool = False
     """Print one JSON object."""
 
@@ -68,17 +72,35 @@ def run_ask(config: AskFlags, task: str, question: str, candidates: Sequence[str
         raise DataError("--rank chooses among --candidates, or among those that questions about a --level have")
     talker = open_talker(config)
     if config.images:
-        found = _of_files(config, talker, question, candidates)
+        batches = _of_files(config, talker, question, candidates)
     else:
         items = _items(config, talker, task, tuple(candidates))
-        batches = predict(talker, items, config, control=config.control, rank=rank or bool(candidates))
-        found = [each for part in counted(batches, "answers", len(items)) for each in part]
+        told = predict(talker, items, config, control=config.control, rank=rank or bool(candidates))
+        batches = counted(told, "answers", len(items))
     if config.out is not None:
-        write_predictions(config.out, found)
-    _tell(config, found)
+        batches = _kept(config.out, batches)
+    _tell(config, [each for part in batches for each in part])
 
 
-def _of_files(config: AskFlags, talker: Talker, question: str, candidates: Sequence[str]) -> list[Prediction]:
+def _kept(out: Path, batches: Iterator[list[Prediction]]) -> Iterator[list[Prediction]]:
+    """The batches as they come, each added at once to OUT.partial, which becomes OUT when all are there."""
+    partial = out.with_name(f"{out.name}.partial")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if partial.exists():
+        names = (out.with_name(f"{partial.name}.{number}") for number in count(1))
+        aside = partial.rename(next(name for name in names if not name.exists()))
+        print(f"{aside}: the answers of a run that was stopped", file=sys.stderr)
+    with partial.open("w", encoding="utf-8") as file:
+        for batch in batches:
+            file.writelines(map(prediction_line, batch))
+            file.flush()
+            yield batch
+        os.fsync(file.fileno())
+    os.replace(partial, out)
+
+
+def _of_files(config: AskFlags, talker: Talker, question: str, candidates: Sequence[str]) -> Iterator[list[Prediction]]:
+    """The answers to image files, a batch after the other."""
     if config.control != "none":
         raise DataError("--control is for questions with known answers: --level, --data or --questions")
     if not question and not TEMPLATES[talker.template].marks_only:
@@ -87,12 +109,10 @@ def _of_files(config: AskFlags, talker: Talker, question: str, candidates: Seque
     ids = names if len(set(names)) == len(names) else list(map(str, config.images))
     if len(set(ids)) < len(ids):
         raise DataError("an image file is named twice")
-    found: list[Prediction] = []
     for first in range(0, len(config.images), config.batch_size):
         rows = range(first, min(first + config.batch_size, len(ids)))
         items = [replace(ask([config.images[row]], talker, question, candidates), id=ids[row]) for row in rows]
-        found += answer(talker, items, config, rank=bool(candidates))
-    return found
+        yield answer(talker, items, config, rank=bool(candidates))
 
 
 def _items(config: AskFlags, talker: Talker, task: str, candidates: tuple[str, ...]) -> Items | Questions:
