@@ -34,7 +34,7 @@ from vlmfast.models.decoder import Decoder, DecoderConfig, build_decoder
 from vlmfast.models.generation import generate
 from vlmfast.models.weights.decoder import save_decoder
 
-SMALL = {"vocab_size": 8192, "width": 256, "layers": 6, "heads": 4, "context_length": 256}
+SMALL = {"vocab_size": 8192, "width": 256, "layers": 6, "heads": 4, "context_length": 512}
 LARGE = {"vocab_size": 128256, "width": 2048, "layers": 16, "heads": 32, "kv_heads": 8, "mlp_width": 8192} | {
     "context_length": 2048,
     "tied": True,
