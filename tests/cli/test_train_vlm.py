@@ -285,6 +285,8 @@ def test_a_llava_needs_its_parts(tmp_path, refused, clip):
     assert "a llava's parts are" in refused(*command, "--model", "Lm-tiny")
     words = ["--vision-tower", clip, "--language-model", "Lm-tiny", "--train-parts", "eyes"]
     assert "the parts are tower, projector, lm" in refused(*command, *words)
+    words = ["--vision-tower", clip, "--language-model", "Lm-tiny", "--tower-lr", "1e-5"]
+    assert "--tower-lr: the tower is not trained; trained are lm, projector" in refused(*command, *words)
 
 
 def test_a_mixture_of_tasks_draws_by_weight_and_for_good():

@@ -311,6 +311,9 @@ def _parts(config: Config) -> set[str]:
     parts = {part.strip() for part in (config.train_parts or TRAINED[config.stage]).split(",")}
     if unknown := parts - set(PARTS):
         raise DataError(f"--train-parts: the parts are {', '.join(PARTS)}; got {', '.join(sorted(unknown))}")
+    for part, rate in (("projector", config.projector_lr), ("tower", config.tower_lr)):
+        if rate is not None and part not in parts:
+            raise DataError(f"--{part}-lr: the {part} is not trained; trained are {', '.join(sorted(parts))}")
     return parts
 
 

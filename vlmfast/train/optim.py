@@ -29,7 +29,8 @@ def parameter_groups(
         parameters is left out.
 
     Raises:
-        ValueError: the model has no trainable parameter, or `no_weight_decay()` or `lr_scales` name what is not there.
+        ValueError: the model has no trainable parameter, `no_weight_decay()` names what is not there, or
+            `lr_scales` a part without trainable parameters.
 
     Source: open_clip `wd_param_groups`; Radford et al. 2021, section 2.5.
     """
@@ -43,8 +44,9 @@ def parameter_groups(
     if unknown := sorted(spared - names.keys()):
         raise ValueError(f"parameter_groups: no_weight_decay() names parameters that do not exist: {unknown}")
     parts: dict[str, float] = {**(lr_scales or {}), "": 1.0}
-    if absent := [part for part in parts if part and not any(f"{name}.".startswith(f"{part}.") for name in names)]:
-        raise ValueError(f"parameter_groups: lr_scales names {absent}, in which the model has no parameters")
+    trained = [f"{name}." for name, parameter in names.items() if parameter.requires_grad]
+    if absent := [part for part in parts if part and not any(name.startswith(f"{part}.") for name in trained)]:
+        raise ValueError(f"parameter_groups: lr_scales names {absent}, in which the model trains no parameter")
     groups: list[dict[str, Any]] = []
     for part, scale in parts.items():
         rate = {"lr_scale": scale} if part else {}
