@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from vlmfast.errors import ShapeError
 from vlmfast.train import adamw, fit, plain_step, read_metrics, warmup_constant
 from vlmfast.train.step import NonFiniteError, SummedLoss, accumulated_step
 
@@ -140,6 +141,9 @@ def test_parts_have_learning_rates_of_their_own():
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1, 0.4, 0.4]
     with pytest.raises(ValueError, match=r"lr_scales names \['towers'\]"):
         adamw(model, lr_scales={"towers": 1.0})
+    model["tower"].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"lr_scales names \['tower'\], in which the model trains no parameter"):
+        adamw(model, lr_scales={"tower": 0.25})
 
 
 def train(out, **options):
@@ -187,6 +191,12 @@ def on_a_rank(rank, folder):
         metrics = accumulated_step(shared, LOSS, sequences(rows=rows), still(model), 0.0, **options)
         gradients = [p.grad.full_tensor() if name == "fsdp" else p.grad for p in model.parameters()]
         found[name] = {"gradients": gradients, "metrics": metrics, "rounds": rounds}
+    model = reader()
+    try:
+        uneven = sequences(rows=slice(0, 5 - 2 * rank))
+        accumulated_step(model, LOSS, uneven, still(model), 0.0, step=1, group=dist.group.WORLD, micro_batch_size=2)
+    except ShapeError as error:
+        found["uneven"] = str(error)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -210,3 +220,9 @@ def test_ranks_do_what_one_process_does(ranks, name):
             assert error <= 4 * torch.finfo(torch.float32).eps * theirs.grad.abs().max().item()
         assert rank[name]["metrics"]["text_loss"] == pytest.approx(expected["text_loss"], rel=1e-6)
         assert rank[name]["rounds"] == ([] if name == "fsdp" else [True]), "gradients travel once a step"
+
+
+@pytest.mark.slow
+def test_every_rank_is_told_that_one_has_fewer_pieces(ranks):
+    for rank in ranks:
+        assert "as many pieces; got 3, 2" in rank["uneven"]

@@ -259,6 +259,7 @@ def accumulated_step(
 
     Raises:
         NonFiniteError: the loss or the gradient is not finite, on any rank; the weights are untouched.
+        ShapeError: a rank has more pieces than another; it is raised on all of them.
         ValueError: micro_batch_size < 1, loss_fn gave no "_loss", or precision is unknown.
     Source: the count over all pieces is what transformers' Trainer passes as `num_items_in_batch`.
     """
@@ -266,12 +267,11 @@ def accumulated_step(
         raise ValueError(f"accumulated_step: micro_batch_size must be at least 1; got {micro_batch_size}")
     mixed = _autocast(model, precision)
     pieces = [batch] if micro_batch_size is None else batch.split(micro_batch_size)
-    count = loss_fn.count(batch).clone()
-    ranks = 1
+    count, ranks = loss_fn.count(batch), 1
     if group is not None:
-        dist.all_reduce(count, group=group)
         ranks = dist.get_world_size(group)
-    count = count.clamp_(min=1) / ranks  # without a single term the sums are 0, and so is the loss
+        count = _over_ranks(count, len(pieces), group)
+    count = count.clamp(min=1) / ranks  # without a single term the sums are 0, and so is the loss
 
     optimizer.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
@@ -282,6 +282,21 @@ def accumulated_step(
             _total(scalars).backward()
         sums = {name: sums.get(name, 0) + value.detach() for name, value in scalars.items()}
     return _finish(model, optimizer, sums, lr, step, grad_clip_norm, group)
+
+
+def _over_ranks(count: Tensor, pieces: int, group: dist.ProcessGroup) -> Tensor:
+    """The sum of the ranks' counts [], once they are found to have as many pieces: else one would wait without end."""
+    totals = count.new_zeros(1 + dist.get_world_size(group))
+    totals[0] = count
+    totals[1 + dist.get_rank(group)] = pieces
+    dist.all_reduce(totals, group=group)
+    found = [int(each) for each in totals[1:].tolist()]
+    if len(set(found)) > 1:
+        raise ShapeError(
+            f"accumulated_step: all ranks must have as many pieces; got {', '.join(map(str, found))}. Give each rank "
+            "as many samples and the same micro_batch_size"
+        )
+    return totals[0]
 
 
 def _autocast(model: nn.Module, precision: str) -> Callable[[], AbstractContextManager]:
