@@ -42,6 +42,14 @@ def test_rms_norm_and_its_gradients_are_the_definition(shape, eps):
     assert_close(torch.autograd.grad(frozen(x), x, grad)[0], expected_gradients[0], **EXACT64)
 
 
+def test_rms_norm_has_the_same_gradient_when_autocast_spans_the_backward():
+    norm, x, grad = RmsNorm(64), torch.randn(5, 64, requires_grad=True), torch.randn(5, 64)
+    expected = torch.autograd.grad(norm(x), x, grad)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(norm(x), x, grad)[0]
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rms_norm_rounds_once(dtype, training):

@@ -76,8 +76,10 @@ class _RmsNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
+        with torch.autocast(grad.device.type, enabled=False):  # one around the backward would round the sums
+            shift = grad @ weight / len(weight)
         # With a mean of 0 layer_norm's gradient is ours, but for the mean of grad * weight that it takes off each row.
         dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
             grad, x, weight.shape, torch.zeros_like(scale), scale, weight, None, [True, True, False]
         )
-        return dx.addcmul_(scale, (grad @ weight / len(weight))[..., None]), dweight, None
+        return dx.addcmul_(scale, shift[..., None]), dweight, None
