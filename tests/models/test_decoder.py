@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from vlmfast.errors import DataError, ShapeError
+from vlmfast.errors import DataError, DTypeError, ShapeError
+from vlmfast.models.cache import KvCache
 from vlmfast.models.decoder import DecoderConfig, build_decoder
 from vlmfast.models.weights.decoder import config_to_hf, to_theirs
 
@@ -302,10 +303,18 @@ def test_configs_that_are_no_decoder(change, error, message):
         DecoderConfig.llama(**{**SIZES, **change})
 
 
+@pytest.mark.parametrize("family", [DecoderConfig.llama, DecoderConfig.qwen2, DecoderConfig.gpt2])
+def test_missing_sizes_are_named(family):
+    with pytest.raises(DataError, match=r"DecoderConfig: missing sizes: width, heads$"):
+        family(**{name: size for name, size in SIZES.items() if name not in ("width", "heads")})
+
+
 def test_what_does_not_fit_is_named(config):
     decoder = lively(config)
     x = decoder.embed(torch.zeros(2, 6, dtype=torch.int64))
     ends = torch.tensor([0, 6, 12], dtype=torch.int32)
+    filled = KvCache(config, 2, CONTEXT, dtype=torch.float64)
+    decoder(x, cache=filled)
     for call, error, message in [
         (lambda: decoder(x[0]), ShapeError, r"x must be \[B, T, C\], C = 24; got \(6, 24\)"),
         (lambda: decoder(x, cu_seqlens=ends), ShapeError, r"x must be \[tokens, C\] with cu_seqlens"),
@@ -314,6 +323,16 @@ def test_what_does_not_fit_is_named(config):
         (lambda: decoder(x.repeat(6, 1, 1).flatten(0, 1), cu_seqlens=6 * ends), ShapeError, r"has 36 tokens"),
         (lambda: decoder(x[0], cu_seqlens=ends), ValueError, r"end at the number of tokens, 6; got 0 and 12"),
         (lambda: decoder(x[0], cu_seqlens=ends[1:]), ValueError, r"start at 0 .* got 6 and 12"),
+        (
+            lambda: decoder(x[0], cu_seqlens=torch.tensor([0, 5, 3, 6], dtype=torch.int32), max_seqlen=5),
+            ShapeError,
+            r"cu_seqlens must not fall; got \[0, 5, 3, 6\]",
+        ),
+        (
+            lambda: decoder(x.flatten(0, 1), cu_seqlens=ends.long(), cache=filled),
+            DTypeError,
+            r"cu_seqlens must be int32; got torch\.int64",
+        ),
         (lambda: decoder(x, positions=torch.arange(6)), ShapeError, r"positions must be \(2, 6\); got \(6,\)"),
         (
             lambda: decoder(x, positions=torch.full((2, 6), 32)),

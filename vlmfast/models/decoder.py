@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vlmfast.errors import DataError, ShapeError
+from vlmfast.errors import DataError, DTypeError, ShapeError
 from vlmfast.layers.attention import take
 from vlmfast.layers.gated import GatedMlp
 from vlmfast.layers.mlp import ACTIVATIONS, Mlp
@@ -72,7 +72,10 @@ class DecoderConfig:
         Args:
             sizes: fields; by default kv_heads is heads, head_width width / heads, and mlp_width 8/3 width, rounded up
                 to a multiple of 64.
+        Raises:
+            DataError: sizes are missing; all are listed.
         """
+        _check_sizes(sizes)
         return cls(**{"eps": 1e-5, **_derived(sizes, -(-sizes["width"] // 24) * 64)})
 
     @classmethod
@@ -81,6 +84,8 @@ class DecoderConfig:
 
         Args:
             sizes: as for `llama`.
+        Raises:
+            DataError: as for `llama`.
         """
         return cls.llama(**{"eps": 1e-6, "rope_theta": 1e6, "qkv_bias": True, **sizes})
 
@@ -90,7 +95,10 @@ class DecoderConfig:
 
         Args:
             sizes: fields; by default kv_heads is heads, head_width width / heads, and mlp_width 4 width.
+        Raises:
+            DataError: as for `llama`.
         """
+        _check_sizes(sizes)
         parts = {"norm": "layer", "activation": "gelu_tanh", "gated": False, "positions": "learned"}
         flags = {"eps": 1e-5, "qkv_bias": True, "bias": True, "tied": True}
         return cls(**{**parts, **flags, **_derived(sizes, 4 * sizes["width"])})
@@ -110,6 +118,12 @@ class DecoderConfig:
         if wrong := known.symmetric_difference(content):
             raise DataError(f"DecoderConfig: missing or unknown fields: {', '.join(sorted(wrong))}")
         return cls(**content)
+
+
+def _check_sizes(sizes: Mapping[str, Any]) -> None:
+    needed = ("vocab_size", "width", "layers", "heads", "context_length")
+    if missing := [name for name in needed if name not in sizes]:
+        raise DataError(f"DecoderConfig: missing sizes: {', '.join(missing)}")
 
 
 def _derived(sizes: dict[str, Any], mlp_width: int) -> dict[str, Any]:
@@ -243,9 +257,10 @@ class Decoder(nn.Module):
     Raises:
         ShapeError: x is not [B, T, C], or [tokens, C] with cu_seqlens, of the config's width; positions or prefix do
             not fit it; a sequence is longer than the context, with what the cache holds; the cache has other rows;
-            prefix with a cache that holds something.
-        ValueError: a position lies outside the context, or cu_seqlens do not fit x (checked on the CPU only: elsewhere
-            it would wait).
+            prefix with a cache that holds something; cu_seqlens fall (looked at on the CPU only, as what follows:
+            elsewhere it would wait).
+        ValueError: a position lies outside the context, or cu_seqlens do not fit x.
+        DTypeError: cu_seqlens are not int32.
     Source: Radford et al. 2019 (GPT-2), Touvron et al. 2023 (Llama), Yang et al. 2024 (Qwen2); prefix: Raffel et al.
         2020, section 3.2.1. Initialised like GPT-2: normal with deviation 0.02, maps onto the residual stream over
         sqrt(2 layers). There is no dropout.
@@ -423,11 +438,17 @@ class Decoder(nn.Module):
         if x.dim() != (3 if cu_seqlens is None else 2) or x.shape[-1] != self.config.width or x.numel() == 0:
             hint = ". Use decoder.embed(ids)" if not x.is_floating_point() else ""
             raise ShapeError(f"Decoder: x must be {expected}, C = {self.config.width}; got {tuple(x.shape)}{hint}")
-        if cu_seqlens is not None and x.device.type == "cpu" and cu_seqlens[[0, -1]].tolist() != [0, len(x)]:
-            raise ValueError(
-                f"Decoder: cu_seqlens must start at 0 and end at the number of tokens, {len(x)}; "
-                f"got {int(cu_seqlens[0])} and {int(cu_seqlens[-1])}"
-            )
+        if cu_seqlens is not None:
+            if cu_seqlens.dtype != torch.int32:
+                raise DTypeError(f"Decoder: cu_seqlens must be int32; got {cu_seqlens.dtype}. Use .int()")
+            ends = cu_seqlens.tolist() if x.device.type == "cpu" else [0, len(x)]
+            if [ends[0], ends[-1]] != [0, len(x)]:
+                raise ValueError(
+                    f"Decoder: cu_seqlens must start at 0 and end at the number of tokens, {len(x)}; "
+                    f"got {ends[0]} and {ends[-1]}"
+                )
+            if ends != sorted(ends):
+                raise ShapeError(f"Decoder: cu_seqlens must not fall; got {ends}. Use the running sum of the lengths")
         B = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
         if positions is not None and positions.shape != x.shape[:-1]:
             raise ShapeError(f"Decoder: positions must be {tuple(x.shape[:-1])}; got {tuple(positions.shape)}")
