@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from vlmfast.errors import ShapeError
+from vlmfast.models import generation
 from vlmfast.models.cache import KvCache
-from vlmfast.models.decoder import Decoder, DecoderConfig
+from vlmfast.models.decoder import Decoder, DecoderConfig, build_decoder
 from vlmfast.models.generation import _drawn, _filtered, generate, score
 from vlmfast.models.weights.decoder import save_decoder
 
@@ -179,6 +180,19 @@ def test_embeddings_are_prompts_too(decoder):
     same(generate(decoder, mixed, max_new_tokens=5), generate(decoder, MIXED, max_new_tokens=5), 0)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1e-6])
+def test_room_for_long_answers_is_made_as_they_are_written(temperature, monkeypatch):
+    decoder = build_decoder(DecoderConfig.llama(**{**SIZES, "context_length": 4096}), seed=0)
+    likeliest = generate(decoder, [prompt(0)], max_new_tokens=4)
+    made, create = [], KvCache.__init__
+    monkeypatch.setattr(
+        KvCache, "__init__", lambda self, *args, **rest: made.append(self) or create(self, *args, **rest)
+    )
+    monkeypatch.setattr(generation, "FIRST_ROOM", 2)
+    same(generate(decoder, [prompt(0)], max_new_tokens=4, temperature=temperature), likeliest)
+    assert made[0].capacity == 2 * (7 + 2 - 1), "doubled once"
+
+
 def test_a_cache_goes_on_from_what_it_holds(decoder):
     rows, options = [prompt(seed, 12) for seed in range(6)], {"max_new_tokens": 9, "eos": EOS}
     cache = KvCache(decoder.config, 6, 4)
@@ -304,7 +318,9 @@ def test_a_prompt_longer_than_the_context_is_named(decoder):
     ("error", "message", "options"),
     [
         (ValueError, "max_new_tokens must be at least 1; got 0", {"max_new_tokens": 0}),
-        (ValueError, "temperature must be at least 0", {"temperature": -1.0}),
+        (ValueError, r"temperature must be 0, or in \[1e-06, inf\); got -1.0", {"temperature": -1.0}),
+        (ValueError, r"temperature must be .*; got 1e-40", {"temperature": 1e-40}),
+        (ValueError, r"temperature must be .*; got nan", {"temperature": float("nan")}),
         (ValueError, "top_k must be at least 1", {"temperature": 1.0, "top_k": 0}),
         (ValueError, r"top_p must be in \(0, 1\]", {"temperature": 1.0, "top_p": 1.1}),
         (ValueError, "beams must be at least 1", {"beams": 0}),

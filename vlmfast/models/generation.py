@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 from vlmfast.errors import ShapeError
 from vlmfast.models.cache import KvCache
 from vlmfast.models.decoder import Decoder
+
+COLDEST = 1e-6  # the lowest temperature above 0: divided by less, log-probs would leave float32's range
+FIRST_ROOM = 256  # new tokens that a cache has room for at first; it grows with what is written
 
 Choice = Callable[[Tensor, list[int], int], Tensor]  # log-probs [N, V], their rows, the step -> token ids [N]
 
@@ -64,7 +68,7 @@ def generate(
         prompts: B of them, at least one token each: ids, or embeddings. With a cache: what follows its tokens.
         max_new_tokens: at least 1, the token of eos included.
         eos: ids that end a row.
-        temperature: 0 takes the likeliest token each time.
+        temperature: 0 takes the likeliest token each time; else at least 1e-6.
         top_k: only the k likeliest tokens are drawn, with all that are as likely as the last of them.
         top_p: only the fewest likeliest tokens are drawn whose probabilities add up to this, in (0, 1].
         beams: hypotheses kept a prompt; above 1 with temperature 0 only.
@@ -218,7 +222,7 @@ def _prefill(
         )
     x = [each if each.is_floating_point() else decoder.embed(each) for each in prompts]
     if cache is None:
-        capacity = max(len(each) + left - 1 for each, left in zip(x, room, strict=True))
+        capacity = max(len(each) + min(left, FIRST_ROOM) - 1 for each, left in zip(x, room, strict=True))
         cache = KvCache(config, B, capacity, device=x[0].device, dtype=x[0].dtype)
     return _packed(decoder, x, cache, seen, only_last=True), cache, room
 
@@ -404,7 +408,7 @@ def _check_options(
 ) -> None:
     for name, value, right, wanted in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-        ("temperature", temperature, temperature >= 0, "at least 0"),
+        ("temperature", temperature, temperature == 0 or COLDEST <= temperature < inf, f"0, or in [{COLDEST}, inf)"),
         ("top_k", top_k, top_k is None or top_k >= 1, "at least 1, or None"),
         ("top_p", top_p, top_p is None or 0 < top_p <= 1, "in (0, 1], or None"),
         ("beams", beams, beams >= 1, "at least 1"),
