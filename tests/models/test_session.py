@@ -178,6 +178,13 @@ def test_features_are_kept_up_to_a_number():
     assert model.encoded == 1
 
 
+def test_kept_features_do_not_hold_those_that_went():
+    session = Session(Looks(), keep_images=1)
+    session.ask(says(3, "image", "image", 1), torch.stack([picture(0), picture(1)]), max_new_tokens=1)
+    (kept,) = session._features.values()
+    assert kept.untyped_storage().nbytes() == kept.nbytes
+
+
 def test_a_changed_history_is_computed_from_the_change_on():
     model = Looks()
     session, images = Session(model), picture(0)[None]

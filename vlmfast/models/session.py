@@ -97,7 +97,9 @@ class Session:
             return images.new_empty(0, self.model.image_tokens, self.model.decoder.config.width, dtype=torch.float32)
         known, new = self._features, {each: i for i, each in enumerate(hashes) if each not in self._features}
         if new:
-            known = known | dict(zip(new, self.model.encode_image(images[list(new.values())]), strict=True))
+            features = self.model.encode_image(images[list(new.values())])
+            # Each alone, so that none that is kept holds the memory of those that go.
+            known = known | {name: each.clone() for name, each in zip(new, features, strict=True)}
         used = {each: known[each] for each in hashes}
         known = {each: features for each, features in known.items() if each not in used} | used
         self._features = dict(list(known.items())[max(len(known) - self.keep_images, 0) :])
