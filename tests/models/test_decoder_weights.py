@@ -191,6 +191,21 @@ def test_what_is_not_built_is_refused_by_name(kind, change, message):
         config_from_hf({"model_type": kind, **change}, "here/config.json")
 
 
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("llama", {"hidden_size": "64"}, "hidden_size '64'"),
+        ("llama", {"num_attention_heads": 0, "num_hidden_layers": 2.0}, "num_hidden_layers 2.0, num_attention_heads 0"),
+        ("qwen2", {"num_key_value_heads": 0, "head_dim": -1}, "num_key_value_heads 0, head_dim -1"),
+        ("mistral", {"vocab_size": None, "sliding_window": None}, "vocab_size None"),
+        ("gpt2", {"n_inner": True, "hidden_size": [8]}, r"n_embd \[8\], n_inner True"),
+    ],
+)
+def test_sizes_that_are_no_whole_numbers_are_named(kind, change, message):
+    with pytest.raises(DataError, match=rf"here/config\.json: sizes must be whole numbers >= 1; got {message}$"):
+        config_from_hf({"model_type": kind, **change}, "here/config.json")
+
+
 def test_other_kinds_of_models_are_refused(tmp_path):
     folder = edited(written(tmp_path, LLAMA), {"model_type": "bert"})
     with pytest.raises(DataError, match=r"config\.json: model_type 'bert' is not built here; built: llama, mistral"):

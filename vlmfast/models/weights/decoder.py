@@ -60,6 +60,11 @@ DEFAULTS = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "gpt2": GPT2}
 GPT2_KEYS = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer"}
 GPT2_KEYS |= {"num_attention_heads": "n_head", "max_position_embeddings": "n_positions"}  # may be called either
 
+GPT2_SIZES = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"]
+SIZES = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+SIZES += ["num_key_value_heads", "head_dim", "max_position_embeddings"]
+NULLABLE = ("num_key_value_heads", "head_dim", "n_inner")
+
 # Numbers that older versions saved and that follow from the config.
 DERIVED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
@@ -110,7 +115,8 @@ def config_from_hf(content: Mapping[str, Any], where: str) -> DecoderConfig:
         content: its entries. Dropout is not built here and taken for 0.
         where: what errors call it.
     Raises:
-        DataError: another kind of model, or one with parts that are not built here; all are listed.
+        DataError: another kind of model, or one with parts that are not built here; all are listed. Or sizes that are
+            no whole numbers.
     """
     kind = content.get("model_type")
     if kind not in DEFAULTS:
@@ -120,6 +126,10 @@ def config_from_hf(content: Mapping[str, Any], where: str) -> DecoderConfig:
     act = c["activation_function" if kind == "gpt2" else "hidden_act"]
     if wrong := [f"{key} {c[key]!r}" for key in _unbuilt(kind, c)]:
         raise DataError(f"{where}: not built here: {', '.join(wrong)}")
+    names = GPT2_SIZES if kind == "gpt2" else SIZES
+    sizes = {name: c[name] for name in names if c[name] is not None or name not in NULLABLE}
+    if wrong := [f"{name} {size!r}" for name, size in sizes.items() if type(size) is not int or size < 1]:
+        raise DataError(f"{where}: sizes must be whole numbers >= 1; got {', '.join(wrong)}")
     if kind == "gpt2":
         return DecoderConfig.gpt2(
             vocab_size=c["vocab_size"],
