@@ -498,6 +498,14 @@ def test_export_refuses_flags_that_do_not_fit(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("VLMFAST_DEBUG", raising=False)
     assert cli.main(["data", "export", "--out", str(tmp_path / "out"), "--task", "vqa"]) == 1
     assert "add --format llava" in capsys.readouterr().err
+    for words, message in (
+        (["--questions-per-image", "2"], "--questions-per-image is for --task vqa; got --task caption"),
+        (["--task", "vqa", "--granularity", "word"], "--granularity is of captions; got --task vqa"),
+        (["--shard-size", "5"], "--shard-size is for the other formats"),
+    ):
+        assert cli.main(["data", "export", "--out", str(tmp_path / "out"), "--format", "llava", *words]) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
     (tmp_path / "mine.txt").touch()
     with pytest.raises(DataError, match="is not empty"):
         scenes.export_task(tmp_path, tasks.dataset(size=1))

@@ -67,6 +67,12 @@ def run(config: Config) -> None:
         DataError: a flag of the format llava with another one, or as `scenes.export` and `scenes.export_task`.
     """
     if config.format == "llava":
+        if config.questions_per_image != 1 and config.task != "vqa":
+            raise DataError(f"--questions-per-image is for --task vqa; got --task {config.task}")
+        if config.granularity != "sentence" and config.task != "caption":
+            raise DataError(f"--granularity is of captions; got --task {config.task}")
+        if config.shard_size != Config.shard_size:
+            raise DataError("--shard-size is for the other formats; --format llava writes one file of conversations")
         data = tasks.dataset(
             config.level,
             config.split,
