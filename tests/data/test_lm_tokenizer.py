@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from lm_vocabularies import NAMES, VOCABULARIES, byte_level, corpus, sentencepiece, vocabulary
+from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
 from vlmfast.data.lm_tokenizer import LmTokenizer, load_lm_tokenizer, train_lm_tokenizer
@@ -181,6 +182,19 @@ def test_what_is_no_tokenizer_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match=r"not a whole tokenizer\.json"):
         load_lm_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [models.WordLevel({"</s>": 0, "a": 1}, unk_token="<unk>"), models.Unigram([("</s>", 0.0), ("a", -1.0)])],
+)
+def test_a_text_that_the_vocabulary_cannot_spell_is_refused(model):
+    tokenizer = LmTokenizer(Tokenizer(model), {"eos_token": "</s>"})
+    with pytest.raises(DataError, match="the text 'b' cannot be spelt in this vocabulary"):
+        tokenizer.encode("b")
+    other = Tokenizer(models.WordLevel({"</s>": 0, "b": 1}, unk_token="<unk>"))
+    with pytest.raises(DataError, match="the text 'a' cannot be spelt in this vocabulary"):
+        LmTokenizer(other, {"eos_token": "</s>"})
 
 
 def test_padding_and_truncation_of_the_file_are_left_out(tmp_path):

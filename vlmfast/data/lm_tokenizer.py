@@ -40,7 +40,8 @@ class LmTokenizer:
         config: what a tokenizer_config.json says: the texts of eos_token and pad_token.
 
     Raises:
-        DataError: config names no end-of-text token, or one that is not in the vocabulary.
+        DataError: config names no end-of-text token, or one that is not in the vocabulary; or "a" cannot be spelt in
+            it.
     """
 
     def __init__(self, inner: Any, config: dict[str, Any]) -> None:
@@ -53,7 +54,7 @@ class LmTokenizer:
             )
         self.added = () if inner.token_to_id(IMAGE_MARK) is not None else (IMAGE_MARK,)
         inner.add_special_tokens([IMAGE_MARK])
-        start = inner.encode("a")
+        start = _encoded(inner, "a")
         bos = inner.id_to_token(start.ids[0]) if start.special_tokens_mask[0] else None
         self.bos, self.eos = bos, eos
         pad = _content(config.get("pad_token")) or eos
@@ -75,8 +76,11 @@ class LmTokenizer:
         Returns:
             An Encoding. Offsets count characters of `text`. Tokens that spell one character in bytes all have its
             offsets, or in a Unigram vocabulary those of all the unknown characters that stand together there.
+
+        Raises:
+            DataError: the vocabulary has no token for a part of the text, not even an unknown one.
         """
-        found = self._inner.encode(text, add_special_tokens=False)
+        found = _encoded(self._inner, text, add_special_tokens=False)
         return Encoding(found.ids, found.offsets)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
@@ -229,6 +233,16 @@ def load_lm_tokenizer(folder: str | os.PathLike[str]) -> LmTokenizer:
 def _content(token: Any) -> str | None:
     """The text of a token that Hugging Face's files hold as a text or as an object."""
     return token.get("content") if isinstance(token, dict) else token
+
+
+def _encoded(inner: Any, text: str, **options: bool) -> Any:
+    try:
+        return inner.encode(text, **options)
+    except Exception as error:  # the library raises a plain Exception
+        raise DataError(
+            f"LmTokenizer: the text {text[:40]!r} cannot be spelt in this vocabulary: {error}. It needs an unknown "
+            "token, or tokens for all bytes"
+        ) from error
 
 
 def _id(inner: Any, token: str) -> int:
