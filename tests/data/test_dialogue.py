@@ -264,6 +264,15 @@ def test_an_answer_stops_at_the_end_mark_that_was_learnt(name, template):
     assert int(supervise(said, template, tokenizer, P).ids[-1]) in stop_ids(template, tokenizer)
 
 
+def test_an_answer_stops_at_a_sign_and_the_end_mark_in_one_token():
+    tokenizer = vocabulary("Llama 3")
+    said = Conversation("1", (), (Turn("user", "say"), Turn("assistant", "a red cube.")))
+    last = int(supervise(said, "plain", tokenizer, P).ids[-1])
+    assert tokenizer.decode([last]) == ".\n"
+    assert {last, tokenizer.token_id("Ċ"), tokenizer.eos_id} <= set(stop_ids("plain", tokenizer))
+    assert tokenizer.token_id(".") not in stop_ids("plain", tokenizer)
+
+
 def test_a_long_dialogue_is_cut_in_few_tries(monkeypatch):
     rounds = 200
     talk = Conversation("1", (), tuple(Turn(role, "red ball") for _ in range(rounds) for role in ("user", "assistant")))

@@ -10,6 +10,7 @@ import bisect
 import itertools
 from collections import Counter
 from dataclasses import dataclass, replace
+from string import punctuation
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -304,7 +305,9 @@ def prompt_ids(
 def stop_ids(template: Template | str, tokenizer: LmTokenizer) -> tuple[int, ...]:
     """The tokens that end an answer: the tokenizer's end of text, and the template's end mark where that is one token.
 
-    Where it is several (`###` in some vocabularies), cut the text at `TEMPLATES[name].end`.
+    A sign of punctuation and the mark in one token, such as ".\\n" in template plain, end it too: a model learnt to write
+    that. The answer then lacks the sign. Where the mark is several tokens (`###` in some vocabularies), cut the text at
+    `TEMPLATES[name].end`.
 
     Args:
         template: one of TEMPLATES, or its name.
@@ -318,10 +321,13 @@ def stop_ids(template: Template | str, tokenizer: LmTokenizer) -> tuple[int, ...
         ValueError: no such template.
     """
     template = template_for(template, tokenizer)
-    # Behind a word: alone, a SentencePiece vocabulary would put a space before it.
-    found = tokenizer.encode("a" + template.end.replace(EOS, tokenizer.eos).strip(" "))
-    end = [id for id, (start, _) in zip(found.ids, found.offsets, strict=True) if start >= 1]
-    return tuple(sorted({tokenizer.eos_id, *(end if len(end) == 1 else [])}))
+    mark, stops = template.end.replace(EOS, tokenizer.eos).strip(" "), {tokenizer.eos_id}
+    for before in ("a", *(f"a{sign}" for sign in punctuation)):  # alone, SentencePiece would put a space before it
+        ids, offsets = tokenizer.encode(before + mark)
+        end = [id for id, (start, stop) in zip(ids, offsets, strict=True) if start >= 1 and stop > len(before)]
+        if len(end) == 1:
+            stops.add(end[0])
+    return tuple(sorted(stops))
 
 
 def template_for(template: Template | str, tokenizer: LmTokenizer) -> Template:
