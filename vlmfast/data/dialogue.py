@@ -305,9 +305,9 @@ def prompt_ids(
 def stop_ids(template: Template | str, tokenizer: LmTokenizer) -> tuple[int, ...]:
     """The tokens that end an answer: the tokenizer's end of text, and the template's end mark where that is one token.
 
-    A sign of punctuation and the mark in one token, such as ".\\n" in template plain, end it too: a model learnt to write
-    that. The answer then lacks the sign. Where the mark is several tokens (`###` in some vocabularies), cut the text at
-    `TEMPLATES[name].end`.
+    A sign of punctuation and the mark in one token, such as ".\\n" in template plain, end it too: a model learnt to
+    write that. The answer then lacks the sign. Where the mark is several tokens (`###` in some vocabularies), cut the
+    text at `TEMPLATES[name].end`.
 
     Args:
         template: one of TEMPLATES, or its name.
