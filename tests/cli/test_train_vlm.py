@@ -252,6 +252,24 @@ def test_a_conversation_with_an_error_stops_before_the_run_begins(tmp_path, refu
     assert "not an image" in refused(*command, "--val-data", tmp_path / "val.json", "--steps", "2")
 
 
+def test_bad_records_are_left_out_where_that_is_wanted(vlmfast, refused, dialogues):
+    path, records = dialogues
+    bad = [{**record, "conversations": record["conversations"][:1]} for record in records[:2]]
+    lost = [{**record, "image": "lost.png"} for record in records[2:4]]
+    path.write_text(json.dumps([*bad, *lost, *records[4:]]))
+    command = ["train", "--task", "patch-lm", "--logs", path.parent, *SIZES, *SHORT, *llava(path)]
+    command += ["--image-size", "32", "--batch-size", "2", "--steps", "2", "--name", "whole"]
+    assert "cannot use 2" in refused(*command)
+    (path.parent / "val.json").write_text(json.dumps([*lost[:1], *records[4:]]))
+    said = vlmfast(*command, "--skip-bad", "--val-data", path.parent / "val.json").err
+    assert "skipped 1: 1 missing image, such as" in said
+    assert lines(path.parent / "whole")[-1]["step"] == 2
+    assert "skipped 4: 2 no assistant turn, such as" in said
+    assert "2 missing image, such as" in said
+    path.write_text(json.dumps(lost))
+    assert "has no conversation whose images are there" in refused(*command, "--name", "none", "--skip-bad")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -268,6 +286,8 @@ def test_a_conversation_with_an_error_stops_before_the_run_begins(tmp_path, refu
         (["--batch-size", "50"], "a step takes 50 conversations; there are 40"),
         (["--patch-size", "7"], "must be a multiple of patch_size 7"),
         (["--resume", "latest"], "needs the --name"),
+        (["--families", "count", "--vlm-task", "caption"], "--families is for --vlm-task vqa; got caption"),
+        (["--families", "count", "--dataset-type", "llava"], "--families is for --dataset-type scenes"),
     ],
 )
 def test_refusals(tmp_path, refused, words, message):

@@ -58,6 +58,7 @@ from vlmfast.recipes.vlm_data import (
     VlmDataFlags,
     blank,
     open_conversations,
+    task_weights,
     train_vocabulary,
     without_images,
 )
@@ -195,6 +196,10 @@ def train(config: Config, world: World | None = None) -> Run:
             f"--template {template} leaves questions out, so {config.vlm_task} would be answers to nothing; give "
             "it --vlm-task caption"
         )
+    if config.families and config.dataset_type == "llava":
+        raise DataError("--families is for --dataset-type scenes")
+    if config.families and "vqa" not in task_weights(config.vlm_task):
+        raise DataError(f"--families is for --vlm-task vqa; got {config.vlm_task}")
     step_size, micro_batch_size = step_sizes(config, config.batch_size)
     parts = _parts(config)
     folder = world.first(lambda: run_folder(config, kind.replace(" ", "-")))
@@ -224,7 +229,7 @@ def train(config: Config, world: World | None = None) -> Run:
     schedule = schedule_of(config, lr, steps)
     stream = partial(_stream, config, samples, step_size, world)
     _try_some(samples)
-    held_out = _evaluators(config, pixels, tokenizer, template, dialogues, int(longest))
+    held_out = _evaluators(config, pixels, tokenizer, template, dialogues, int(longest), world)
     model = placed(vlm.to(world.device), config, world)
     last = fit(
         model,
@@ -358,7 +363,13 @@ def _stream(config: Config, samples: Dialogues, step_size: int, world: World, st
 
 
 def _evaluators(
-    config: Config, pixels: Pixels, tokenizer: LmTokenizer, template: str, dialogues: Any, longest: int
+    config: Config,
+    pixels: Pixels,
+    tokenizer: LmTokenizer,
+    template: str,
+    dialogues: Any,
+    longest: int,
+    world: World,
 ) -> dict[str, Evaluator]:
     """For each task of scenes its loss, and how many of its questions are answered right; for a file the loss."""
     if config.dataset_type == "llava":
@@ -366,6 +377,8 @@ def _evaluators(
             return {}
         held_out = dialogues(_open(config, config.val_data, "val", "", None, pixels), max_tokens=longest)
         _try_some(held_out)
+        if world.main:
+            tell_skipped(held_out)
         return {"held_out": partial(_score, config=config, samples=held_out)}
     found: dict[str, Evaluator] = {}
     for task in config.vlm_task.split(","):

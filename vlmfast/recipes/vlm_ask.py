@@ -15,7 +15,7 @@ from vlmfast.data.templates import TEMPLATES
 from vlmfast.errors import DataError
 from vlmfast.eval.predictions import Prediction, prediction_line
 from vlmfast.recipes.progress import counted
-from vlmfast.recipes.sources import SceneSplit
+from vlmfast.recipes.sources import SceneSplit, tell_skipped
 from vlmfast.recipes.train_vlm import accuracies
 from vlmfast.recipes.vlm_data import Control, Items, Questions, VlmDataFlags, open_conversations
 from vlmfast.recipes.vlm_predict import Talker, VlmFlags, answer, ask, open_talker, predict
@@ -121,6 +121,7 @@ def _items(config: AskFlags, talker: Talker, task: str, candidates: tuple[str, .
     if config.data:
         config.dataset_type = "llava"
         found = open_conversations(config, config.data, task, config.split, None, talker.pixels)
+        tell_skipped(found)
         return Items(found, config.n, candidates)
     size = config.n or SIZE
     return Items(open_conversations(config, config.level, task, config.split, size, talker.pixels), size)

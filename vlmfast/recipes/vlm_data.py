@@ -28,6 +28,7 @@ from vlmfast.data.lm_tokenizer import LmTokenizer, train_lm_tokenizer
 from vlmfast.data.order import random_bits
 from vlmfast.data.scenes import tasks
 from vlmfast.data.scenes.latents import SPLIT_SIZES
+from vlmfast.data.skips import UnreadableError
 from vlmfast.data.templates import TEMPLATES
 from vlmfast.errors import DataError
 from vlmfast.recipes.sources import SceneSplit
@@ -51,6 +52,9 @@ class VlmDataFlags:
     image_aspect_ratio: Literal["pad", "square", "squash"] | None = None
     """llava: pad (a square of the mean colour around the image), square (its middle) or squash. Default: the model's
     own, else pad."""
+    skip_bad: bool = False
+    """llava: leave out records that cannot be used, and those whose images are missing, count them and tell it, instead
+    of refusing the file."""
     questions_per_image: int = 1
     """scenes, vqa: so many questions about each image, in one conversation."""
     families: str = ""
@@ -177,6 +181,8 @@ def open_conversations(
 ) -> Any:
     """The data set that the flags name, of VlmSample; a file of LLaVA's format is refused if a record of it is wrong.
 
+    With `skip_bad` such records are left out and counted in its `skips`.
+
     Args:
         flags: the kind of data.
         where: a level of scenes, or a file.
@@ -192,15 +198,10 @@ def open_conversations(
         if not where or pixels is None:
             raise DataError("--dataset-type llava needs a JSON file: --train-data, --val-data or --data")
         found = LlavaJson(where, flags.image_folder, pixels.image_hw, aspect=pixels.aspect, mean=pixels.image_mean)
-        if set(found.skipped) - {EARLY}:
+        if set(found.skipped) - {EARLY} and not flags.skip_bad:
             wrong = found.describe_skipped().replace("skipped", "cannot use", 1)
-            raise DataError(f"{where}: {wrong}. Mend or remove them")
-        for conversation in found.conversations:
-            for name in conversation.images:
-                if not (found.image_folder / name).is_file():
-                    raise DataError(
-                        f"{where}: sample {conversation.id!r}: there is no image {found.image_folder / name}"
-                    )
+            raise DataError(f"{where}: {wrong}. Mend or remove them, or give --skip-bad")
+        _check_images(found, where, flags.skip_bad)
         return found
     if where and where not in LEVELS:
         raise DataError(f"scenes are of the levels {', '.join(LEVELS)}; got {where!r}. Files need --dataset-type llava")
@@ -215,6 +216,24 @@ def open_conversations(
             options = {"questions_per_image": flags.questions_per_image, "families": families or None}
         made.append(tasks.dataset(where or "L1", split, name, seed=flags.world, cooc=flags.cooc, **how, **options))
     return made[0] if len(made) == 1 else TaskMix(made, list(weights.values()))
+
+
+def _check_images(found: LlavaJson, where: str, skip_bad: bool) -> None:
+    """Raises at the first image that is missing; or leaves out the conversations about such images, and counts them."""
+    whole = []
+    for place, conversation in enumerate(found.conversations):
+        paths = [found.image_folder / name for name in conversation.images]
+        missing = next((path for path in paths if not path.is_file()), None)
+        if missing is None:
+            whole.append(conversation)
+            continue
+        told = f"{where}: sample {conversation.id!r}"
+        if not skip_bad:
+            raise DataError(f"{told}: there is no image {missing}")
+        found.skips.add(f"images of {place}", UnreadableError("missing image", told, str(missing)))
+    if not whole:
+        raise DataError(f"{where}: has no conversation whose images are there: {found.describe_skipped()}")
+    found.conversations = whole
 
 
 def task_weights(task: str) -> dict[str, float]:
