@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from vlmfast.layers.gated import GatedMlp
+from vlmfast.layers.linear import Linear
 from vlmfast.layers.norm import RmsNorm
 from vlmfast.layers.rotary import apply_rotary, rotary
 from vlmfast.testing import assert_accurate
@@ -127,3 +128,19 @@ def test_the_gate_multiplies(bias):
 def test_an_unknown_activation_is_refused():
     with pytest.raises(ValueError, match=r"GatedMlp: activation must be one of .*silu; got 'swish'"):
         GatedMlp(6, 10, "swish")
+
+
+@pytest.mark.parametrize("shape", [(1, 48), (2, 48), (4, 48), (8, 48), (9, 48), (1, 1, 48), (2, 3, 48), (48,), (0, 48)])
+@pytest.mark.parametrize("width", [16, 160])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_few_rows_are_multiplied_as_many_are(shape, width, dtype, bias):
+    layer = Linear(48, width, bias=bias).to(dtype)
+    x = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    expected = F.linear(x.double(), layer.weight.double(), None if not bias else layer.bias.double())
+    with torch.no_grad():
+        got = layer(x)
+    assert got.shape == expected.shape
+    assert got.dtype == dtype
+    assert_close(got.double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+    assert layer(x.requires_grad_()).requires_grad

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from vlmfast.layers.linear import Linear
 from vlmfast.layers.mlp import ACTIVATIONS
 
 
@@ -29,9 +30,9 @@ class GatedMlp(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"GatedMlp: activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
-        self.gate_proj = nn.Linear(width, hidden, bias=bias)
-        self.up_proj = nn.Linear(width, hidden, bias=bias)
-        self.down_proj = nn.Linear(hidden, width, bias=bias)
+        self.gate_proj = Linear(width, hidden, bias=bias)
+        self.up_proj = Linear(width, hidden, bias=bias)
+        self.down_proj = Linear(hidden, width, bias=bias)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlmfast.layers.linear import Linear
+
 
 def quick_gelu(x: Tensor) -> Tensor:
     """`x` gated by a sigmoid, the activation of OpenAI's CLIP weights.
@@ -50,8 +52,8 @@ class Mlp(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"Mlp: activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
-        self.c_fc = nn.Linear(width, hidden)
-        self.c_proj = nn.Linear(hidden, width)
+        self.c_fc = Linear(width, hidden)
+        self.c_proj = Linear(hidden, width)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:

@@ -51,9 +51,11 @@ class RmsNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = _wide(x)
         rows, weight = x.to(wide), self.weight.to(wide)
-        if x.device.type == "cpu" and torch.is_grad_enabled():
+        if x.device.type != "cpu":
+            return F.rms_norm(rows, weight.shape, weight, self.eps).to(x.dtype)
+        if torch.is_grad_enabled():
             return _RmsNorm.apply(rows, weight, self.eps).to(x.dtype)
-        return F.rms_norm(rows, weight.shape, weight, self.eps).to(x.dtype)
+        return (rows * _scale(rows, self.eps)).mul_(weight).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, eps={self.eps}"
@@ -63,12 +65,17 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _scale(x: Tensor, eps: float) -> Tensor:
+    """One over the root mean square of each row, [..., 1]."""
+    return (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps).rsqrt()
+
+
 class _RmsNorm(torch.autograd.Function):
     """The norm with its gradient from layer_norm's kernel: PyTorch has none of its own for this one on the CPU."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps).rsqrt()  # [..., 1]
+        scale = _scale(x, eps)
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight)
 

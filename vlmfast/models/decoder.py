@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from vlmfast.errors import DataError, DTypeError, ShapeError
 from vlmfast.layers.attention import take
 from vlmfast.layers.gated import GatedMlp
+from vlmfast.layers.linear import Linear, linear
 from vlmfast.layers.mlp import ACTIVATIONS, Mlp
 from vlmfast.layers.norm import LayerNorm, RmsNorm
 from vlmfast.layers.rotary import apply_rotary, rotary
@@ -153,10 +154,10 @@ class _Attention(nn.Module):
         super().__init__()
         self.layer, self.heads, self.kv_heads = layer, config.heads, config.kv_heads
         inner, shared = config.heads * config.head_width, config.kv_heads * config.head_width
-        self.q_proj = nn.Linear(config.width, inner, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.width, shared, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.width, shared, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(inner, config.width, bias=config.bias)
+        self.q_proj = Linear(config.width, inner, bias=config.qkv_bias)
+        self.k_proj = Linear(config.width, shared, bias=config.qkv_bias)
+        self.v_proj = Linear(config.width, shared, bias=config.qkv_bias)
+        self.o_proj = Linear(inner, config.width, bias=config.bias)
 
     def forward(
         self,
@@ -278,7 +279,7 @@ class Decoder(nn.Module):
         self.embed_positions = nn.Embedding(config.context_length, config.width) if learned else None
         self.layers = nn.ModuleList(_Block(config, layer) for layer in range(config.layers))
         self.norm = _norm(config)
-        self.lm_head = None if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
+        self.lm_head = None if config.tied else Linear(config.width, config.vocab_size, bias=False)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -339,7 +340,7 @@ class Decoder(nn.Module):
             hidden: [..., C], of `forward`.
         Returns: [..., V].
         """
-        return F.linear(hidden, self.head_weight)
+        return linear(hidden, self.head_weight)
 
     def loss(self, hidden: Tensor, labels: Tensor, **options: Any) -> Tensor:
         """Mean cross-entropy of the next token in nats, without logits of all tokens at one time.
