@@ -242,12 +242,16 @@ def test_every_goal_is_measured_by_gpu_check():
         kernel = f"{job['model']}, training step, {job['caption_length']}"
         points.add((kernel, "bfloat16", load_config(job["model"]).embed_dim, job["batch"]))
     with quiet_compiler():
-        attention, patch, step = (runpy.run_path(str(ROOT / words[0])) for words, _ in check["SCRIPTS"].values())
+        attention, patch, step, head, _ = (
+            runpy.run_path(str(ROOT / words[0])) for words, _ in check["SCRIPTS"].values()
+        )
     points |= {("attention", "bfloat16", K, T) for T, K in attention["SHAPES"]}
     points |= {("patch_embed", "bfloat16", p, B) for p, B in patch["GPU_SIZES"]}
     size = step["DEFAULTS"]["cuda"]
     width = load_config(size["model"]).embed_dim
     points |= {("cached step", "bfloat16", width, size[name]) for name in ("batch", "large_batch")}
+    rows, width, _ = head["SIZES"]["cuda"]
+    points.add(("linear_cross_entropy", "bfloat16", width, rows))
     assert {point for goal in goals.GOALS for point in goal.points} <= points
 
 
@@ -271,6 +275,14 @@ def test_goals_of_scripts_and_training_steps(results):
         for name, batch, ratio in (("plain", 4096, 0.75), ("open_clip", 4096, 1.25), ("loss alone", 65536, 0.02))
     ]
     (folder / "step.json").write_text(json.dumps({"benchmark": "cached step", "date": "2026-01-02", "rows": cached}))
+    head = [
+        {"provider": name, "supervised": share, "full_ratio": ratio}
+        for share, other in ((0.15, 9.0), (1.0, 4.0))
+        for name, ratio in (("vlmfast", 1.0), ("liger", other))
+    ]
+    head.append({"provider": "quack", "supervised": 1.0, "left_out": "No module named 'quack'"})
+    read = {"benchmark": "linear_cross_entropy", "date": "2026-01-02", "sizes": {"M": 4096, "D": 4096, "V": 9}}
+    (folder / "head.json").write_text(json.dumps(read | {"rows": head}))
     for length in ("real", "77"):
         step = made((2048,), machine=GPU, device="cuda", dtype="bfloat16", caption_length=length, model="ViT-B-32")
         step.kernel = "ViT-B-32, training step"
@@ -280,6 +292,8 @@ def test_goals_of_scripts_and_training_steps(results):
     table = goals.table(folder)
     assert "| 2.5 / 2.5 / 2.5 / 2.5 / 2.5 / 2.5 ×, met |" in line(table, "attention, forward")
     assert "| 3.5 ×, **missed** |" in line(table, "patch_embed")
+    assert "| 4 ×, **missed** |" in line(table, "linear_cross_entropy, M = 4096")
+    assert "| unmeasured |" in line(table, "… against quack's")
     assert "| 0.75 ×, met |" in line(table, "cached step of ViT-B/32")
     assert "| 1.25 ×, **missed** |" in line(table, "… against open_clip's accum-freq")
     assert "| 0.02, met |" in line(table, "… the loss's part")

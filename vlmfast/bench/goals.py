@@ -15,7 +15,8 @@ from vlmfast.bench.report import Row
 BLOCK = re.compile(r"<!-- goals: (\S+) -->\n(.*?)<!-- end of goals -->", re.S)
 UNMEASURED = "unmeasured"
 GB = 1e9
-# Kernel, dtype, D (of attention K, of patches their side) and B (of top k N, of attention T).
+# Kernel, dtype, D (of attention K, of patches their side) and B (of top k N, of attention T, of a head its
+# supervised rows).
 Point: TypeAlias = tuple[str, str, int, int]
 Rows: TypeAlias = dict[str, Row]  # provider -> its row
 Measure: TypeAlias = Callable[[Rows], float | None]
@@ -96,6 +97,7 @@ PATCH = ("patch_embed", "bfloat16", 16, 1024)
 REAL, FULL = (f"ViT-B-32, training step, {captions}" for captions in ("real", "77"))
 STEP_REAL, STEP_FULL = (REAL, "bfloat16", 512, 2048), (FULL, "bfloat16", 512, 2048)
 CACHED, CACHED_LARGE = (("cached step", "bfloat16", 512, B) for B in (4096, LARGE))
+HEAD = ("linear_cross_entropy", "bfloat16", 4096, 4096)
 WIDTHS = "D = 512 / 768 / 1024"
 AT = f"{WIDTHS}, B = {LARGE}"
 GOALS = (
@@ -208,6 +210,16 @@ GOALS = (
     Goal("… against open_clip's accum-freq 16", (CACHED,), (1.3,), True, "×", times("open_clip"), "step"),
     Goal(f"… the loss's part, B = {LARGE}", (CACHED_LARGE,), (0.03,), False, "", times("loss alone"), "step"),
     Goal(
+        "linear_cross_entropy, M = 4096, D = 4096, V = 128 256, against Liger-Kernel's",
+        (HEAD,),
+        (5.0,),
+        True,
+        "×",
+        times("liger"),
+        "vlm",
+    ),
+    Goal("… against quack's", (HEAD,), (0.95,), True, "×", times("quack"), "vlm"),
+    Goal(
         f"clip_loss, error of the loss, bfloat16, {WIDTHS}, B = {SMALL}",
         CLIP_SMALL,
         (1e-5,),
@@ -313,7 +325,7 @@ def _rows(path: Path) -> Iterator[tuple[Point, Row]]:
 
 
 def _rows_of_script(read: dict) -> Iterator[tuple[Point, Row]]:
-    """Of bench_attention.py, bench_patch_embedding.py and bench_cached_step.py on a GPU, all in bfloat16."""
+    """Of the benchmarks that are scripts, on a GPU, all in bfloat16."""
     for each in [*read.get("rows", ()), *read.get("measurements", ())]:
         dense = re.fullmatch(r"dense, T=(\d+), K=(\d+)", each.get("what", ""))
         if dense:
@@ -321,6 +333,13 @@ def _rows_of_script(read: dict) -> Iterator[tuple[Point, Row]]:
             point = ("attention", "bfloat16", K, T)
         elif read.get("benchmark") == "cached step":
             point = ("cached step", "bfloat16", 512, each["batch"])
+        elif read.get("benchmark") == "linear_cross_entropy" and "left_out" not in each:
+            point = (
+                "linear_cross_entropy",
+                "bfloat16",
+                read["sizes"]["D"],
+                round(each["supervised"] * read["sizes"]["M"]),
+            )
         elif read.get("op") == "patch_embed":
             point = ("patch_embed", "bfloat16", each["patch"], each["batch"])
         else:
