@@ -21,6 +21,7 @@ from vlmfast.recipes.vlm_report import CONTROLS, SHOWN, Asked, Results, html, sh
 from vlmfast.train import read_metrics
 
 RUN = "run"  # the run's folder in --out
+BATCH = 32  # conversations a step
 
 
 @dataclass(kw_only=True)
@@ -37,7 +38,7 @@ class Config:
 
     out: Path = Path("demo-vlm")
     """Folder for all of it; an earlier demo's run there is replaced."""
-    steps: int = 2000
+    steps: int = 1600
     """Steps of training."""
     n: int = 500
     """Held-out scenes that are captioned, and as many that are asked about."""
@@ -88,7 +89,7 @@ def run(config: Config) -> None:
     print(f"\n{config.out / 'report.html'} shows it; talk to it with vlmfast chat --model {folder}")
 
 
-def scenes_patch_lm(folder: Path, steps: int = 2000, seed: int = 0) -> train_vlm.Config:
+def scenes_patch_lm(folder: Path, steps: int = 1600, seed: int = 0) -> train_vlm.Config:
     """A decoder of four layers that reads 64 patches of a scene with one or two objects, and captions or answers.
 
     The command is `vlmfast demo-vlm`.
@@ -103,7 +104,7 @@ def scenes_patch_lm(folder: Path, steps: int = 2000, seed: int = 0) -> train_vlm
         train_data="L1",
         vlm_task="caption,vqa",
         questions_per_image=1,
-        train_num_samples=64 * steps,
+        train_num_samples=BATCH * steps,
         val_num_samples=100,
         logs=folder.parent,
         name=folder.name,
@@ -116,7 +117,7 @@ def scenes_patch_lm(folder: Path, steps: int = 2000, seed: int = 0) -> train_vlm
         context_length=192,
         vocab_size=512,
         steps=steps,
-        batch_size=64,
+        batch_size=BATCH,
         lr=2e-3,
         wd=0.1,
         warmup=min(100, steps // 4),
