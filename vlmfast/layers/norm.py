@@ -67,7 +67,8 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def _scale(x: Tensor, eps: float) -> Tensor:
     """One over the root mean square of each row, [..., 1]."""
-    return (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps).rsqrt()
+    # In place: for the few rows of a step of decoding, what counts is how many tensors are made.
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
 class _RmsNorm(torch.autograd.Function):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vlmfast.errors import ShapeError
 from vlmfast.models.config import ClipConfig, load_config
 from vlmfast.models.resnet import ModifiedResNet
+from vlmfast.models.seeded import seeded
 from vlmfast.models.text import TextTower
 from vlmfast.models.vit import Group, ViT
 
@@ -173,7 +174,5 @@ def build_clip(name_or_config: str | Path | ClipConfig, *, seed: int | None = No
         DataError: see `load_config`.
     """
     config = name_or_config if isinstance(name_or_config, ClipConfig) else load_config(name_or_config)
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         return Clip(config)

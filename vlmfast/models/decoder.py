@@ -20,6 +20,7 @@ from vlmfast.layers.mlp import ACTIVATIONS, Mlp
 from vlmfast.layers.norm import LayerNorm, RmsNorm
 from vlmfast.layers.rotary import apply_rotary, rotary
 from vlmfast.models.cache import KvCache
+from vlmfast.models.seeded import seeded
 from vlmfast.ops.attention import attention
 from vlmfast.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -490,7 +491,5 @@ def build_decoder(config: DecoderConfig, *, seed: int | None = None) -> Decoder:
         seed: of the weights, which then depend on nothing else and leave PyTorch's CPU generator as it was; None: draws
             from that generator.
     """
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         return Decoder(config)

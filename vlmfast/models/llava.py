@@ -14,6 +14,7 @@ from vlmfast.layers import ACTIVATIONS
 from vlmfast.models.clip import Clip
 from vlmfast.models.config import ClipConfig
 from vlmfast.models.decoder import Decoder, DecoderConfig
+from vlmfast.models.seeded import seeded
 from vlmfast.models.vit import VisionConfig, ViT
 from vlmfast.models.vlm import Vlm
 
@@ -165,9 +166,7 @@ def build_llava(config: LlavaConfig, *, seed: int | None = None) -> Llava:
         seed: of the weights, which then depend on nothing else and leave PyTorch's CPU generator as it was; None: draws
             from that generator.
     """
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         return Llava(config)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vlmfast.errors import DataError, ShapeError
 from vlmfast.layers import PatchEmbedding
 from vlmfast.models.decoder import Decoder, DecoderConfig
+from vlmfast.models.seeded import seeded
 from vlmfast.models.vit import check_image
 from vlmfast.models.vlm import Vlm
 
@@ -185,7 +186,5 @@ def build_patch_lm(config: PatchLmConfig, *, seed: int | None = None) -> PatchLm
         seed: of the weights, which then depend on nothing else and leave PyTorch's CPU generator as it was; None: draws
             from that generator.
     """
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         return PatchLm(config)
