@@ -251,7 +251,8 @@ def test_every_goal_is_measured_by_gpu_check():
     width = load_config(size["model"]).embed_dim
     points |= {("cached step", "bfloat16", width, size[name]) for name in ("batch", "large_batch")}
     rows, width, _ = head["SIZES"]["cuda"]
-    points.add(("linear_cross_entropy", "bfloat16", width, rows))
+    shares = check["SCRIPTS"]["vlm"][0][-1].split(",")
+    points |= {("linear_cross_entropy", "bfloat16", width, round(float(share) * rows)) for share in shares}
     assert {point for goal in goals.GOALS for point in goal.points} <= points
 
 
@@ -276,8 +277,8 @@ def test_goals_of_scripts_and_training_steps(results):
     ]
     (folder / "step.json").write_text(json.dumps({"benchmark": "cached step", "date": "2026-01-02", "rows": cached}))
     head = [
-        {"provider": name, "supervised": share, "full_ratio": ratio}
-        for share, other in ((0.15, 9.0), (1.0, 4.0))
+        {"provider": name, "supervised": share, "full_ratio": ratio, "full_ms": {"median": ms}}
+        for share, other, ms in ((0.05, 9.0, 1.0), (0.15, 9.0, 2.0), (0.5, 9.0, 8.0), (1.0, 4.0, 16.0))
         for name, ratio in (("vlmfast", 1.0), ("liger", other))
     ]
     head.append({"provider": "quack", "supervised": 1.0, "left_out": "No module named 'quack'"})
@@ -294,6 +295,7 @@ def test_goals_of_scripts_and_training_steps(results):
     assert "| 3.5 ×, **missed** |" in line(table, "patch_embed")
     assert "| 4 ×, **missed** |" in line(table, "linear_cross_entropy, M = 4096")
     assert "| unmeasured |" in line(table, "… against quack's")
+    assert "| 16 / 8 / 2 ×, met |" in line(table, "… with 5 / 15 / 50 % of the rows supervised")
     assert "| 0.75 ×, met |" in line(table, "cached step of ViT-B/32")
     assert "| 1.25 ×, **missed** |" in line(table, "… against open_clip's accum-freq")
     assert "| 0.02, met |" in line(table, "… the loss's part")

@@ -98,6 +98,9 @@ REAL, FULL = (f"ViT-B-32, training step, {captions}" for captions in ("real", "7
 STEP_REAL, STEP_FULL = (REAL, "bfloat16", 512, 2048), (FULL, "bfloat16", 512, 2048)
 CACHED, CACHED_LARGE = (("cached step", "bfloat16", 512, B) for B in (4096, LARGE))
 HEAD = ("linear_cross_entropy", "bfloat16", 4096, 4096)
+SHARES = (0.05, 0.15, 0.5)  # of a head's rows that are supervised
+HEAD_SHARES = tuple(("linear_cross_entropy", "bfloat16", 4096, round(share * 4096)) for share in SHARES)
+ALL_ROWS = "vlmfast, all rows supervised"
 WIDTHS = "D = 512 / 768 / 1024"
 AT = f"{WIDTHS}, B = {LARGE}"
 GOALS = (
@@ -220,6 +223,15 @@ GOALS = (
     ),
     Goal("… against quack's", (HEAD,), (0.95,), True, "×", times("quack"), "vlm"),
     Goal(
+        "… with 5 / 15 / 50 % of the rows supervised, against all of them",
+        HEAD_SHARES,
+        tuple(1 / (share + 0.03) for share in SHARES),
+        True,
+        "×",
+        times(ALL_ROWS),
+        "vlm",
+    ),
+    Goal(
         f"clip_loss, error of the loss, bfloat16, {WIDTHS}, B = {SMALL}",
         CLIP_SMALL,
         (1e-5,),
@@ -326,7 +338,9 @@ def _rows(path: Path) -> Iterator[tuple[Point, Row]]:
 
 def _rows_of_script(read: dict) -> Iterator[tuple[Point, Row]]:
     """Of the benchmarks that are scripts, on a GPU, all in bfloat16."""
-    for each in [*read.get("rows", ()), *read.get("measurements", ())]:
+    rows = read.get("rows", ())
+    head = [each for each in rows if each["provider"] == "vlmfast" and each.get("supervised") == 1]
+    for each in [*rows, *read.get("measurements", ())]:
         dense = re.fullmatch(r"dense, T=(\d+), K=(\d+)", each.get("what", ""))
         if dense:
             T, K = map(int, dense.groups())
@@ -334,12 +348,11 @@ def _rows_of_script(read: dict) -> Iterator[tuple[Point, Row]]:
         elif read.get("benchmark") == "cached step":
             point = ("cached step", "bfloat16", 512, each["batch"])
         elif read.get("benchmark") == "linear_cross_entropy" and "left_out" not in each:
-            point = (
-                "linear_cross_entropy",
-                "bfloat16",
-                read["sizes"]["D"],
-                round(each["supervised"] * read["sizes"]["M"]),
-            )
+            supervised = round(each["supervised"] * read["sizes"]["M"])
+            point = ("linear_cross_entropy", "bfloat16", read["sizes"]["D"], supervised)
+            if each["provider"] == "vlmfast" and head:
+                whole, part = (row["full_ms"]["median"] for row in (head[0], each))
+                yield point, Row(ALL_ROWS, point[3], full_ratio=whole / part)
         elif read.get("op") == "patch_embed":
             point = ("patch_embed", "bfloat16", each["patch"], each["batch"])
         else:
