@@ -39,7 +39,7 @@ class Config:
 
     out: Path = Path("demo-vlm")
     """Folder for all of it; an earlier demo's run there is replaced."""
-    steps: int = 1600
+    steps: int = 1700
     """Steps of training."""
     n: int = 500
     """Held-out scenes that are captioned, and as many that are asked about."""
@@ -90,7 +90,7 @@ def run(config: Config) -> None:
     print(f"\n{config.out / 'report.html'} shows it; talk to it with vlmfast chat --model {folder}")
 
 
-def scenes_patch_lm(folder: Path, steps: int = 1600, seed: int = 0) -> train_vlm.Config:
+def scenes_patch_lm(folder: Path, steps: int = 1700, seed: int = 0) -> train_vlm.Config:
     """A decoder of four layers that reads 64 patches of a scene with one or two objects, and captions or answers.
 
     The command is `vlmfast demo-vlm`.
@@ -103,8 +103,9 @@ def scenes_patch_lm(folder: Path, steps: int = 1600, seed: int = 0) -> train_vlm
     return train_vlm.Config(
         task="patch-lm",
         train_data="L1",
-        vlm_task="caption=3,vqa=2",
-        questions_per_image=6,
+        vlm_task="caption=4,vqa=1",
+        families="query-colour,query-shape,query-size",
+        questions_per_image=4,
         train_num_samples=BATCH * steps,
         val_num_samples=100,
         logs=folder.parent,
@@ -140,7 +141,8 @@ def _precision() -> Literal["fp32", "amp_bf16"]:
 
 def _ask(config: Config, recipe: train_vlm.Config, talker: Talker, task: str) -> Asked:
     """What the model says of held-out scenes, with each control."""
-    items = Items(open_conversations(recipe, recipe.train_data, task, "test", config.n, talker.pixels), config.n)
+    alone = replace(recipe, questions_per_image=1)  # earlier answers would give later ones away
+    items = Items(open_conversations(alone, recipe.train_data, task, "test", config.n, talker.pixels), config.n)
     flags, found = VlmFlags(max_new_tokens=48), dict[Control, list[Prediction]]()
     for control in CONTROLS:
         batches = predict(talker, items, flags, control=control, rank=task == "vqa")

@@ -112,7 +112,7 @@ class Config(VlmDataFlags, VlmModelFlags, RunFlags):
     train_num_samples: int | None = None
     """scenes: how many conversations make an epoch (default: 100 000)."""
     val_num_samples: int = 200
-    """scenes: how many questions of each task are asked to evaluate."""
+    """scenes: how many questions of each task are asked to evaluate, one an image."""
     blind: bool = False
     """Gray pixels in place of every image: the control that shows what can be learnt without looking."""
     tokenizer: str = ""
@@ -381,9 +381,10 @@ def _evaluators(
             tell_skipped(held_out)
         return {"held_out": partial(_score, config=config, samples=held_out)}
     found: dict[str, Evaluator] = {}
+    alone = replace(config, questions_per_image=1)  # earlier answers would give later ones away
     for task in config.vlm_task.split(","):
         name = task.partition("=")[0].strip()
-        dataset = _open(config, config.val_data or config.train_data, "val", name, config.val_num_samples, pixels)
+        dataset = _open(alone, config.val_data or config.train_data, "val", name, config.val_num_samples, pixels)
         items = None if config.task == "lm" else Items(dataset, config.val_num_samples)
         found[name] = partial(
             _score,
