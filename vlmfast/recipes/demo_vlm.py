@@ -39,7 +39,7 @@ class Config:
 
     out: Path = Path("demo-vlm")
     """Folder for all of it; an earlier demo's run there is replaced."""
-    steps: int = 1700
+    steps: int = 1500
     """Steps of training."""
     n: int = 500
     """Held-out scenes that are captioned, and as many that are asked about."""
@@ -90,7 +90,7 @@ def run(config: Config) -> None:
     print(f"\n{config.out / 'report.html'} shows it; talk to it with vlmfast chat --model {folder}")
 
 
-def scenes_patch_lm(folder: Path, steps: int = 1700, seed: int = 0) -> train_vlm.Config:
+def scenes_patch_lm(folder: Path, steps: int = 1500, seed: int = 0) -> train_vlm.Config:
     """A decoder of four layers that reads 64 patches of a scene with one or two objects, and captions or answers.
 
     The command is `vlmfast demo-vlm`.
