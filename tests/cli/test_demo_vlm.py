@@ -73,10 +73,8 @@ def results(captions=20, answers=20, lucky=0, shuffled=10):
     ("changes", "reached"),
     [
         ({}, [True, True, True, True]),
-        ({"captions": 2}, [True, True, True, True]),
-        ({"captions": 1}, [False, True, True, True]),
-        ({"answers": 14}, [True, True, True, True]),
-        ({"answers": 13}, [True, False, True, True]),
+        ({"captions": 18}, [False, True, True, True]),
+        ({"answers": 16}, [True, False, True, True]),
         ({"shuffled": 11}, [True, True, False, True]),  # 55 % where always "red" has 50 %
         ({"lucky": 1}, [True, True, True, False]),
     ],
@@ -95,5 +93,4 @@ def test_numbers_and_page_of_made_up_answers():
     assert page.count("class=hit") == 6
     assert "&lt;b&gt;green" not in page, "the first three answers are right"
     assert "&lt;b&gt;green&lt;/b&gt;" in html(results(answers=1))
-    assert vlm_report.show(made).count("MISSED") == 0
-    assert vlm_report.show(results(answers=10)).count("MISSED") == 1
+    assert vlm_report.show(made).count("MISSED") == 1
