@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # before there is a group: as default arguments it keeps the one that it finds
 from torch import Tensor
 
 from vlmfast.errors import BackendError, ShapeError

@@ -281,6 +281,21 @@ def test_several_questions_an_image():
     assert data.truth(0, turn=2)["answer"] == turns[5].text
 
 
+def test_many_questions_of_few_predicates():
+    asked = ["exist:shape", "exist:colour", "query-size"]
+    data = tasks.dataset("L2", "train", "vqa", size=200, families=asked, questions_per_image=8)
+    latents, items = data.read(range(200))
+    found = Counter()
+    for scene, exchanges in zip(latents.scenes(), items, strict=True):
+        assert len({each.question for each in exchanges}) == len(exchanges) <= 8
+        for each in exchanges:
+            truth = each.truth()
+            found[f"{truth['family']}:{truth['predicate']}"] += 1
+            assert programs.execute(truth["program"], scene) == each.answer
+    assert found.keys() == {"exist:shape", "exist:colour", "query-size:size"}
+    assert found.total() > 6 * 200  # of two to four objects no more than so many sizes can be asked
+
+
 def test_captions_have_one_right_answer_and_all_references():
     data = tasks.dataset("L1", "train", "caption", size=30, granularity="mixed")
     for number, text in enumerate(data.texts()):
@@ -296,8 +311,10 @@ def test_captions_have_one_right_answer_and_all_references():
         ({"task": "chat"}, "task must be one of caption, vqa, instruct, pope-random.*'chat'"),
         ({"level": "L0", "task": "vqa"}, "levels with questions are L1, L2, L3, L3-cooc; got 'L0'"),
         ({"level": "L0", "task": "instruct"}, "levels with questions are"),
-        ({"task": "vqa", "families": ["query-texture"]}, "families at L1 are some of exist.*query-texture"),
-        ({"task": "vqa", "questions_per_image": 0}, "questions_per_image is at least 1"),
+        ({"task": "vqa", "families": ["query-texture"]}, "families at L1, and.*exist \\(shape.*query-texture"),
+        ({"task": "vqa", "families": ["exist:texture"]}, "exist \\(shape, colour.*got 'exist:texture'"),
+        ({"task": "vqa", "families": []}, "a family and a question an image at least"),
+        ({"task": "vqa", "questions_per_image": 0}, "a family and a question an image at least"),
         ({"cooc": True}, "cooc=True is a variant of level L3; got level 'L1'"),
         ({"granularity": "essay"}, "granularity must be one of"),
         ({"size": 0}, "a task has 1 .. 2"),

@@ -61,6 +61,30 @@ def last(run):
     return run / f"checkpoints/step_{STEPS:06d}"
 
 
+THREADS = """
+import os, torch
+from torch import nn
+from vlmfast.train.world import replicate, start
+
+def main(world):
+    replicate(nn.Linear(3, 4), world)(torch.ones(2, 3)).sum().backward()
+    world.gather(1)
+
+with start("cpu") as world:
+    main(world)
+assert not any("gloo_run" in open(f"/proc/self/task/{thread}/comm").read() for thread in os.listdir("/proc/self/task"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are read from /proc")
+def test_the_groups_threads_end_before_python_does(tmp_path):
+    """One that still has a tensor in hand when the interpreter ends aborts the process, at the end of a good run."""
+    (tmp_path / "threads.py").write_text(THREADS, encoding="utf-8")
+    told = torchrun(2, tmp_path / "threads.py")
+    assert told.returncode == 0, told.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("run", ["ddp", "micro", "fsdp", "fsdp-micro", "sharded", "crossed", "uncrossed"])
 def test_ranks_do_what_one_process_does(runs, run):

@@ -58,7 +58,7 @@ class VlmDataFlags:
     questions_per_image: int = 1
     """scenes, vqa: so many questions about each image, in one conversation."""
     families: str = ""
-    """scenes, vqa: these families of questions alone, joined by commas."""
+    """scenes, vqa: these families of questions alone, joined by commas; exist:shape is one predicate of a family."""
     cooc: bool = False
     """scenes, L3: the world in which some shapes come together more often than by chance, as POPE's questions ask."""
     granularity: Literal["word", "phrase", "sentence", "multi-sentence", "paragraph", "mixed"] = "sentence"

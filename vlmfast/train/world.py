@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # before there is a group: as default arguments it keeps the one that it finds
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

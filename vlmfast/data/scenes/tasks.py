@@ -125,16 +125,17 @@ def dataset(
         image_size: side in pixels; default: the level's.
         seed: which world.
         granularity: of captions: one of GRANULARITIES, or "mixed" for each scene its own.
-        families: of "vqa": some of `questions.predicates(level)`; default: all.
-        questions_per_image: of "vqa": how many questions, at least 1.
+        families: of "vqa": some of `questions.predicates(level)`, as "exist", or as "exist:shape" one predicate of it
+            alone; default: all.
+        questions_per_image: of "vqa": how many questions, at least 1; of an image that has not so many, fewer.
         cooc: of L3: the world in which six pairs of shapes come together four times as often as by chance, or more.
 
     Returns:
         SceneTask: len(), [i] -> VlmSample(conversation, image uint8 [1, 3, S, S]), truth(i), texts().
 
     Raises:
-        DataError: there is no such level, split, task, granularity or family, a size is out of range, or the level has
-            too few objects for the task.
+        DataError: there is no such level, split, task, granularity, family or predicate, a size is out of range, or the
+            level has too few objects for the task.
     """
     if cooc and level != "L3":
         raise DataError(f"scenes: cooc=True is a variant of level L3; got level {level!r}")
@@ -182,12 +183,19 @@ def _captions(level: str, split: str, seed: int, granularity: str) -> Read:
 
 def _questions(level: str, split: str, seed: int, families: Sequence[str] | None, count: int) -> Read:
     known = predicates(level)
-    families = tuple(known if families is None else families)
-    if not families or set(families) - set(known) or count < 1:
-        raise DataError(
-            f"scenes: families at {level} are some of {', '.join(known)}, and questions_per_image is at least 1; "
-            f"got {', '.join(families)} and {count}"
-        )
+    asked: dict[str, tuple[str, ...]] = {}  # family -> its predicates that are asked
+    for name in known if families is None else families:
+        family, _, predicate = name.partition(":")
+        if predicate not in ("", *known.get(family, ())) or family not in known:
+            some = ", ".join(f"{family} ({', '.join(each)})" for family, each in known.items())
+            raise DataError(
+                f"scenes: families at {level}, and their predicates, are {some}; such as 'exist', or 'exist:shape' for "
+                f"one predicate alone; got {name!r}"
+            )
+        asked[family] = tuple(dict.fromkeys((*asked.get(family, ()), *([predicate] if predicate else known[family]))))
+    if not asked or count < 1:
+        raise DataError(f"scenes: vqa takes a family and a question an image at least; got {families} and {count}")
+    families = tuple(asked)
     scarce = [family for family in families if family in SCARCE]
     free = [family for family in families if family not in SCARCE]
     keys = key(seed, level, split)
@@ -200,15 +208,16 @@ def _questions(level: str, split: str, seed: int, families: Sequence[str] | None
         return _wanted(draw.one(some or scarce or free), draw)
 
     def _wanted(family: str, draw: Draw) -> tuple[str, str, str]:
-        predicate = draw.one(tuple(known[family]))
+        predicate = draw.one(asked[family])
         return family, predicate, draw.one(known[family][predicate])
 
     def more(scene: Scene, question: Question, place: int) -> list[Question]:
-        """`count` questions about the scene, or as many as it has, in any order."""
+        """`count` questions about the scene, in any order; fewer where it has not so many, or some would come twice."""
         draw = Draw(*keys, place, 1)
         found = {question.text: question}
         order = draw.shuffled(family for family in free if family != question.family)
-        for family in [*order, *draw.shuffled(free), *draw.shuffled(free)]:
+        rounds = max(2, -(-count // max(len(free), 1)))
+        for family in [*order, *(family for _ in range(rounds) for family in draw.shuffled(free))]:
             if len(found) < count and (other := ask(scene, *_wanted(family, draw), draw)):
                 found.setdefault(other.text, other)
         return list(draw.shuffled(found.values()))
