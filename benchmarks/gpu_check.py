@@ -235,6 +235,12 @@ def run_tests(part: str, options: argparse.Namespace, end: float, facts: dict[st
     return any(run.get("failed") for run in runs) or runs[0].get("end") != "complete"
 
 
+def _can_be_interrupted() -> None:
+    """A process group of its own that heeds SIGINT, which a shell's job in the background inherits as ignored."""
+    os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def pytest_run(words: list[str], environment: dict[str, str], seconds: float) -> dict[str, Any]:
     """One run of pytest, interrupted when its time is spent: counts, and the first line of each failure."""
     # Most of the time goes into compiling kernels, which many processes can do at once.
@@ -246,7 +252,10 @@ def pytest_run(words: list[str], environment: dict[str, str], seconds: float) ->
         how = ["-q", "--tb=short", "-W", "default", "-p", "no:cacheprovider", f"--junitxml={result}"]
         start = time.monotonic()
         process = subprocess.Popen(
-            [sys.executable, "-m", "pytest", *words, *spread, *how], cwd=ROOT, env=environment, preexec_fn=os.setpgrp
+            [sys.executable, "-m", "pytest", *words, *spread, *how],
+            cwd=ROOT,
+            env=environment,
+            preexec_fn=_can_be_interrupted,
         )
         end = "complete"
         try:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -150,11 +151,13 @@ def test_long():
 
 
 @pytest.mark.parametrize("long", [False, True])
-def test_tests_are_counted_also_when_they_are_interrupted(tmp_path, monkeypatch, capfd, long):
+def test_tests_are_counted_also_when_they_are_interrupted(tmp_path, monkeypatch, capfd, request, long):
     (tmp_path / "test_some.py").write_text(f"LONG = {long}\n{TESTS}")
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)  # one process is enough
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as of a shell's job in the background
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     for limit in (8.0, 40.0) if long else (60.0,):
         run = gpu_check.pytest_run(["test_some.py"], environment, limit)
         if run["failed"]:  # else pytest had not come so far: a busy machine

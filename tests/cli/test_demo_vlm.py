@@ -18,7 +18,7 @@ def test_the_demo_leaves_a_summary_a_page_and_a_model(tmp_path, capsys):
     out = tmp_path / "demo"
     (out / "run").mkdir(parents=True)  # an earlier demo's, which is replaced
     (out / "run" / FLAGS_FILE).write_text("{}")
-    assert cli.main(["demo-vlm", "--out", str(out), "--steps", "4", "--n", "4", "--threads", "1"]) == 0
+    assert cli.main(["demo-vlm", "--out", str(out), "--steps", "4", "--n", "4", "--cores", "2"]) == 0
     assert "captions of held-out scenes right" in capsys.readouterr().out
     told = json.loads((out / "summary.json").read_text())
     assert set(told["accuracy"]["answers"]) == {"none", "blank", "shuffled"}
@@ -39,6 +39,13 @@ def test_the_demo_does_not_delete_what_is_not_its_own(tmp_path, capsys, monkeypa
     assert cli.main(["demo-vlm", "--out", str(tmp_path)]) == 1
     assert "is not a run of the demo" in capsys.readouterr().err
     assert precious.read_text() == "years of work"
+
+
+def test_more_cores_than_conversations_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("VLMFAST_DEBUG", raising=False)
+    assert cli.main(["demo-vlm", "--out", str(tmp_path / "out"), "--cores", "65"]) == 1
+    assert "--cores must be 1 .. 64" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def said(right, n, **more):
